@@ -1,0 +1,62 @@
+"""Fixtures that more than one test file needs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+SPLIT = ROOT / "prune_and_split.py"
+SERVER = ROOT / "progressive_serve.py"
+BENCH = ROOT / "bench_coldstart.py"
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(script: Path, *arguments, cwd: Path = ROOT, timeout: float = 300, **env: str):
+    """Run one of the scripts as a user would. Returns the finished process, with its output as text."""
+    if "TMPDIR" in env:
+        Path(env["TMPDIR"]).mkdir(exist_ok=True)
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **env}, check=False
+    )
+
+
+def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, shard_size="5GB", **config) -> Path:
+    """A tiny random checkpoint with a byte-level tokenizer, of a shape that vLLM's CPU kernels accept."""
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = {**shape, **heads, "initializer_range": 0.2, "eos_token_id": None, "bos_token_id": None, **config}
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**config)).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    vocab = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {f"<{number}>": number for number in range(len(vocab), config["vocab_size"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def split_tiny(tmp_path_factory) -> Path:
+    """A tiny random progressive checkpoint: 6 layers, of which stages 2 and 3 add 2-3 and 4."""
+    folder = tmp_path_factory.mktemp("tiny")
+    done = run_script(SPLIT, make_llama(folder / "model"), folder / "checkpoint", "--layers", "2-4")
+    assert done.returncode == 0, done.stderr
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The trained demo model as a progressive checkpoint, which `make test` makes."""
+    folder = ROOT / "demo" / "checkpoint"
+    if not (folder / "progressive.json").is_file():
+        pytest.skip("demo/checkpoint is not there: make demo/checkpoint/progressive.json")
+    return folder

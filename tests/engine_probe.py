@@ -1,0 +1,141 @@
+"""What the engine does, written down as JSON for the tests. Runs in a process of its own, with the engine inside it.
+
+    python engine_probe.py stages CKPT DTYPE OUT.json      # stock, 1 -> 2 -> 3, in flight, everything at once
+    python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile, with compilations counted
+
+An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch._dynamo.utils import counters
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+import progressive_serve
+
+ENGINE = {"max_model_len": 1024, "max_num_seqs": 64, "kv_cache_memory_bytes": 256 << 20, "seed": 0}
+ANSWER_TOKENS = 12
+FLIGHT_TOKENS = 96
+
+
+def sampling(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, logprobs=3, ignore_eos=True)
+
+
+def answer_of(output) -> dict:
+    completion = output.outputs[0]
+    logprobs = [[entry.logprob for entry in place.values()] for place in completion.logprobs]
+    return {"tokens": list(completion.token_ids), "logprobs": logprobs}
+
+
+def ask(llm: LLM, prompts: list, tokens: int = ANSWER_TOKENS) -> list[dict]:
+    return [answer_of(output) for output in llm.generate(prompts, sampling(tokens), use_tqdm=False)]
+
+
+def ask_twice(llm: LLM, prompt: str) -> dict:
+    """One prompt, twice in a row: the answers, and how many prompt tokens came from the prefix cache."""
+    first, second = (llm.generate([prompt], sampling(ANSWER_TOKENS), use_tqdm=False)[0] for _ in range(2))
+    cached = [first.num_cached_tokens, second.num_cached_tokens]
+    return {"first": answer_of(first), "second": answer_of(second), "cached_tokens": cached}
+
+
+def fly(llm: LLM, prompt: str) -> dict:
+    """One request in flight while the engine goes 1 -> 2 -> 3. Tells how many tokens it had at each transition."""
+    engine = llm.llm_engine
+    engine.add_request("flight", prompt, sampling(FLIGHT_TOKENS))
+    had, output = [], None
+    while engine.has_unfinished_requests():
+        for step_output in engine.step():
+            output = step_output
+        tokens = len(output.outputs[0].token_ids) if output else 0
+        if len(had) < 2 and tokens >= FLIGHT_TOKENS * (len(had) + 1) // 4:
+            had.append(tokens)
+            llm.stages.advance()
+    return {"prompt_tokens": output.prompt_token_ids, "had": had, "stage": llm.stages.stage, **answer_of(output)}
+
+
+def close(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
+    found = {}
+    options = {**ENGINE, "dtype": dtype, "enforce_eager": True}
+    long_prompt = "\n".join(prompts)[:900]  # more than one block of the KV cache, so that it can be cached
+
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    for stage in (1, 2, 3):
+        if stage > 1:
+            llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+        found[f"long{stage}"] = ask_twice(llm, long_prompt)
+    found["progress"] = llm.stages.progress()
+    close(llm)
+
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    found["flight"] = fly(llm, prompts[0])
+    close(llm)
+
+    llm = progressive_serve.load_llm(checkpoint, **options)
+    found["at_once_stage"] = llm.stages.stage
+    found["at_once"] = ask(llm, prompts)
+    close(llm)
+
+    llm = LLM(checkpoint, **options)
+    found["stock"] = ask(llm, prompts)
+    found["stock_long"] = ask_twice(llm, long_prompt)
+    flight = found["flight"]
+    prefix = flight["prompt_tokens"] + flight["tokens"][: flight["had"][-1]]
+    found["stock_continuation"] = ask(llm, [{"prompt_token_ids": prefix}], FLIGHT_TOKENS - flight["had"][-1])[0]
+    close(llm)
+    return found
+
+
+def compilations() -> dict[str, int]:
+    """Everything that torch counts when it traces or compiles."""
+    return {
+        f"{group}.{name}": count for group in ("stats", "frames", "inductor") for name, count in counters[group].items()
+    }
+
+
+def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
+    """Stock first, so that its compiled graph lies in the cache, where it must not be mistaken for the gated one."""
+    options = {**ENGINE, "dtype": "float32"}
+    llm = LLM(checkpoint, **options)
+    found = {"stock": ask(llm, prompts)}
+    close(llm)
+
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    found["gate_selects"] = [
+        layer.gate_selects for layer in llm.apply_model(lambda model: list(model.staged_weights.gates.values()))[0]
+    ]
+    for stage in (1, 2, 3):
+        if stage > 1:
+            llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+        found[f"compilations{stage}"] = compilations()
+    close(llm)
+    return found
+
+
+def main() -> None:
+    what, checkpoint, *dtype, prompts, out = sys.argv[1:]
+    prompts = json.loads(Path(prompts).read_text())
+    found = probe_stages(checkpoint, *dtype, prompts) if what == "stages" else probe_compiled(checkpoint, prompts)
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

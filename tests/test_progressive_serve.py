@@ -1,0 +1,466 @@
+"""progressive_serve.py against stock vLLM and plain transformers, on the trained demo model, and over HTTP."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+from conftest import ROOT, SERVER, run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROBE = Path(__file__).with_name("engine_probe.py")
+SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20)]
+
+
+# ---- fixtures ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_checkpoint) -> list[str]:
+    facts = json.loads((ROOT / "demo/model/facts/validation.json").read_text())["Data"]
+    return [f"Question: {fact['Question']}\nAnswer:" for fact in facts[:64]]
+
+
+def run_probe(tmp_path: Path, *arguments, prompts: list[str], **env) -> dict:
+    questions, out = tmp_path / "prompts.json", tmp_path / "found.json"
+    questions.write_text(json.dumps(prompts))
+    command = [sys.executable, str(PROBE), *map(str, arguments), str(questions), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def probe_of(demo_checkpoint, prompts, tmp_path_factory):
+    """dtype -> what engine_probe.py found with it; each is run once."""
+
+    @functools.cache
+    def probe(dtype: str) -> dict:
+        return run_probe(tmp_path_factory.mktemp("probe"), "stages", demo_checkpoint, dtype, prompts=prompts)
+
+    return probe
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def probed(request, probe_of) -> dict:
+    return probe_of(request.param)
+
+
+@pytest.fixture
+def probed_float32(probe_of) -> dict:
+    return probe_of("float32")
+
+
+def tokens(answers: list[dict]) -> list[list[int]]:
+    return [answer["tokens"] for answer in answers]
+
+
+# ---- the final state is the original model ----------------------------------------------------------
+
+
+def test_final_state_equals_stock(probed):
+    assert len(probed["stock"]) == 64
+    assert probed["stage3"] == probed["stock"]  # tokens, and logprobs to the last bit
+    assert probed["at_once_stage"] == 3
+    assert probed["at_once"] == probed["stock"]
+
+
+def test_earlier_stages_are_other_models(probed):
+    """Otherwise the equality above would prove nothing."""
+    assert tokens(probed["stage1"]) != tokens(probed["stock"])
+    assert tokens(probed["stage2"]) != tokens(probed["stock"])
+    assert tokens(probed["stage1"]) != tokens(probed["stage2"])
+
+
+def test_request_in_flight_survives_both_transitions(probed):
+    flight = probed["flight"]
+    first, second = flight["had"]
+    assert 0 < first < second < len(flight["tokens"]) == 96
+    assert flight["stage"] == 3
+    assert flight["tokens"][second:] == probed["stock_continuation"]["tokens"]
+
+
+def test_no_stale_kv_cache(probed):
+    """A long prompt, cached at one stage and asked again at the next."""
+    for stage in ("long1", "long2", "long3"):
+        from_nothing, from_cache = probed[stage]["cached_tokens"]
+        assert from_nothing == 0  # the transition cleared what the stage before had cached
+        assert from_cache > 0  # and the trap was set: within a stage the prompt does come from the cache
+    assert probed["long3"]["first"] == probed["stock_long"]["first"]
+    assert probed["long3"]["second"]["tokens"] == probed["stock_long"]["second"]["tokens"]
+
+
+def test_progress_tells_every_stage(probed):
+    progress = probed["progress"]
+    assert (progress["stage"], progress["num_stages"], progress["error"]) == (3, 3, None)
+    assert [row["state"] for row in progress["stages"]] == ["active"] * 3
+    assert all(row["bytes"] == row["bytes_loaded"] > 0 for row in progress["stages"])
+    seconds = [row["seconds"] for row in progress["stages"]]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[1] < seconds[2]
+    active = [row["stage"] for row in progress["timeline"] if row["event"] == "active"]
+    assert active == [1, 2, 3]
+
+
+# ---- stages 1 and 2 are the model with PassLayers ---------------------------------------------------
+
+
+class PassLayer(torch.nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def pass_layer_answers(checkpoint: Path, layers: list[int], prompts: list[str], length: int) -> list[list[int]]:
+    """Greedy tokens of plain transformers in float32, with the given layers replaced by PassLayers."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for layer in layers:
+        model.model.layers[layer] = PassLayer()
+    return [greedy(model, tokenizer(prompt, return_tensors="pt").input_ids, length) for prompt in prompts]
+
+
+def greedy(model, ids: torch.Tensor, length: int) -> list[int]:
+    """Greedy tokens after `ids` [1, length], end-of-sequence ignored, no cache: as plain as it gets."""
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(length):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, start:].tolist()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stage_equals_transformers_with_pass_layers(probed_float32, stage, demo_checkpoint, prompts):
+    manifest = json.loads((demo_checkpoint / "progressive.json").read_text())
+    missing = [layer for row in manifest["stages"][stage:] for layer in row["layers"]]
+    assert tokens(probed_float32[f"stage{stage}"]) == pass_layer_answers(demo_checkpoint, missing, prompts, length=12)
+
+
+# ---- the gate in a fixed graph ----------------------------------------------------------------------
+
+
+def test_no_transition_compiles(split_tiny, tmp_path):
+    prompts = [f"Question number {number}: why?" for number in range(8)]
+    found = run_probe(tmp_path, "compiled", split_tiny, prompts=prompts, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    assert found["gate_selects"] and all(found["gate_selects"])
+    assert found["compilations1"]["stats.unique_graphs"] > 0  # it did compile, and it was counted
+    assert found["compilations2"] == found["compilations1"]
+    assert found["compilations3"] == found["compilations1"]
+    assert found["stage3"] == found["stock"]
+    assert tokens(found["stage1"]) != tokens(found["stage2"]) != tokens(found["stock"])
+
+
+def test_closed_gate_ignores_nan_weights():
+    """The select form, alone: sublayers that return NaN, a closed gate, and the residual stream bit for bit."""
+    import progressive_serve
+
+    class Norm(torch.nn.Module):
+        def forward(self, hidden_states, residual=None):
+            return hidden_states if residual is None else (hidden_states + residual, hidden_states + residual)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+            self.input_layernorm = self.post_attention_layernorm = Norm()
+            self.mlp = self.linear
+
+        def self_attn(self, positions, hidden_states):
+            return self.linear(hidden_states)
+
+    layer = Layer()
+    layer.__class__ = type("GatedLayer", (progressive_serve.GateMixin, Layer), {})
+    layer.install_gate(selects=True, device=torch.device("cpu"))
+    positions = torch.arange(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        stream = torch.randn(5, 64, dtype=dtype)
+        with torch.no_grad():
+            layer.linear.weight.fill_(float("nan"))
+            layer.set_gate(False)
+            hidden_states, residual = layer(positions, stream.clone(), torch.zeros_like(stream))
+            assert torch.equal(hidden_states + residual, stream)
+            hidden_states, residual = layer(positions, stream.clone(), None)
+            assert torch.equal(hidden_states + residual, stream)
+            layer.set_gate(True)
+            hidden_states, residual = layer(positions, stream.clone(), torch.zeros_like(stream))
+            assert (hidden_states + residual).isnan().all()  # the weights really were NaN
+
+
+# ---- over HTTP --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """progressive_serve.py as a user starts it."""
+
+    def __init__(self, checkpoint: Path, log: Path, *options: str):
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        command = [sys.executable, str(SERVER), str(checkpoint), "--port", str(port), *SERVER_OPTIONS, *options]
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def reader(self) -> psutil.Process:
+        """The reader process, to be stopped and continued by a test."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "_read" in child.cmdline())
+
+    def wait_for(self, what, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            time.sleep(0.02)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    def progress(self) -> dict:
+        return requests.get(f"{self.url}/progress", timeout=30).json()
+
+    def complete(self, prompt, tokens: int = 12, **options) -> requests.Response:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **options}
+        response = requests.post(f"{self.url}/v1/completions", json=body, timeout=60, stream=body.get("stream", False))
+        response.raise_for_status()
+        return response
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        finally:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def journal_of(reader: psutil.Process) -> Path:
+    return Path(reader.cmdline()[-3])
+
+
+def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_path):
+    """Reads so slowly that the test can hold it: stage 1, both transitions under a streaming request, stage 3."""
+    total = sum(path.stat().st_size for path in demo_checkpoint.glob("*.safetensors"))
+    pace = f"{total / 1e6 / 10:.3f}"  # the whole checkpoint in 10 s
+    server = Server(demo_checkpoint, tmp_path / "log", "--limit-read-mbps", pace, "--dtype", "float32")
+    try:
+        server.wait_for(lambda: psutil.Process(server.process.pid).children())
+        reader = server.reader()
+        journal = journal_of(reader)
+        server.wait_for(lambda: '"resident"' in journal.read_text())
+        reader.suspend()
+        server.wait_for(server.answers)
+
+        progress = server.progress()
+        assert (progress["stage"], progress["error"]) == (1, None)
+        assert [row["state"] for row in progress["stages"]][0] == "active"
+        assert "active" not in [row["state"] for row in progress["stages"]][1:]
+        at_stage_1 = server.complete(prompts[:8], return_token_ids=True)
+        assert at_stage_1.headers["X-Progressive-Stage"] == "1"
+        found = [choice["token_ids"] for choice in at_stage_1.json()["choices"]]
+        assert found == tokens(probed_float32["stage1"][:8])
+
+        streamed, stages_seen = [], []
+        stream = server.complete(prompts[0], tokens=900, stream=True, return_token_ids=True)
+        reader.resume()
+        for line in stream.iter_lines():
+            if line.startswith(b"data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                streamed += choice["token_ids"] or []
+                if len(streamed) % 20 == 0:
+                    stages_seen.append(server.progress()["stage"])
+        assert len(streamed) == 900  # nothing lost, nothing twice
+        assert stages_seen[0] == 1 and stages_seen[-1] == 3, stages_seen
+
+        at_stage_3 = server.complete(prompts[:8], return_token_ids=True)
+        assert at_stage_3.headers["X-Progressive-Stage"] == "3"
+        assert [choice["token_ids"] for choice in at_stage_3.json()["choices"]] == tokens(probed_float32["stock"][:8])
+        progress = server.progress()
+        assert [row["state"] for row in progress["stages"]] == ["active"] * 3
+        chat = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 4, "stream": True}
+        with requests.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60, stream=True) as response:
+            assert response.headers["X-Progressive-Stage"] == "3"
+            assert response.text.strip().endswith("data: [DONE]")
+        assert requests.post(f"{server.url}/v1/completions", json={"max_tokens": "x"}, timeout=60).status_code == 400
+    finally:
+        assert server.stop() == 0
+    assert not journal.exists()  # the server cleans up behind itself
+
+
+def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts, tmp_path):
+    """A checksum that does not match: reported in /progress with the file's name; stage 2 goes on answering."""
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_checkpoint, broken)
+    flip_last_byte(broken / "model-stage3.safetensors")
+    server = Server(broken, tmp_path / "log")
+    try:
+        server.wait_for(server.answers)
+        server.wait_for(lambda: server.progress()["error"])
+        progress = server.progress()
+        assert "model-stage3.safetensors" in progress["error"]
+        assert progress["stages"][2]["state"] != "active"
+        server.wait_for(lambda: server.progress()["stage"] == 2)
+        assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "2"
+        assert "model-stage3.safetensors" in server.log.read_text()
+    finally:
+        server.stop()
+
+
+def flip_last_byte(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+# ---- bad input --------------------------------------------------------------------------------------
+
+
+def edit_manifest(checkpoint: Path, change) -> None:
+    manifest = json.loads((checkpoint / "progressive.json").read_text())
+    change(manifest)
+    (checkpoint / "progressive.json").write_text(json.dumps(manifest))
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+BAD_CHECKPOINTS = {
+    "no manifest": (lambda folder: (folder / "progressive.json").unlink(), "progressive.json"),
+    "manifest is not JSON": (lambda folder: (folder / "progressive.json").write_text("{"), "malformed"),
+    "another version": (lambda folder: edit_manifest(folder, lambda m: m.update(format_version=9)), "9"),
+    "path outside": (
+        lambda folder: edit_manifest(folder, lambda m: m["stages"][0]["files"][0].update(name="../x.safetensors")),
+        "../x.safetensors",
+    ),
+    "unknown kind": (lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes")), "planes"),
+    "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
+    "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
+    "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
+    "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint(case, split_tiny, tmp_path):
+    spoil, named = BAD_CHECKPOINTS[case]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(split_tiny, folder)
+    spoil(folder)
+    done = run_script(SERVER, folder, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 2
+    error = done.stderr.strip().splitlines()
+    assert 1 <= len(error) <= 2 and error[0].startswith("progressive_serve.py: error: ")
+    assert named in done.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["/no/such/folder"], "/no/such/folder"),
+        (["{checkpoint}", "--hold-stage", "9"], "9"),
+        (["{checkpoint}", "--hold-stage", "0"], "0"),
+        (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
+        (["{checkpoint}", "--no-such-option"], "--no-such-option"),
+        (["{checkpoint}", "--enable-lora"], "--enable-lora"),
+        (["{checkpoint}", "--load-format", "dummy"], "--load-format"),
+        (["{checkpoint}", "--port", "{taken}"], "{taken}"),
+    ],
+)
+def test_bad_arguments(arguments, named, split_tiny):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        values = {"checkpoint": split_tiny, "taken": taken.getsockname()[1]}
+        done = run_script(SERVER, *(argument.format(**values) for argument in arguments))
+    assert done.returncode == 2
+    assert named.format(**values) in done.stderr.strip().splitlines()[-1]
+
+
+def test_unsupported_vllm_is_named(monkeypatch):
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve.vllm, "__version__", "0.9.1")
+    with pytest.raises(progressive_serve.UsageError, match=r"0\.9\.1.*0\.26 to 0\.32"):
+        progressive_serve.check_vllm()
+
+
+# ---- pure parts -------------------------------------------------------------------------------------
+
+
+def test_help_is_readable_on_80_columns():
+    done = run_script(SERVER, "--help", COLUMNS="80")
+    assert done.returncode == 0
+    assert "--hold-stage" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_progress_follows_the_journal(split_tiny, tmp_path):
+    """States in order, and a line that is still being written is left for the next look."""
+    import progressive_serve
+
+    plan = progressive_serve.read_plan(split_tiny)
+    progress = progressive_serve.Progress(plan, ranks=2)
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    writer = progressive_serve.Journal(tmp_path / "journal")
+
+    def states() -> list[str]:
+        progress.fold(journal.follow())
+        return [row["state"] for row in progress.as_dict()["stages"]]
+
+    writer.mark("start", at=100.0)
+    assert states() == ["absent", "absent", "absent"]
+    writer.mark("read", file="model-stage1.safetensors", bytes=10)
+    assert states() == ["loading", "absent", "absent"]
+    writer.mark("resident", stage=1)
+    writer.mark("bound", stage=1, rank=0)
+    assert states() == ["resident", "absent", "absent"]
+    assert progress.ready_stage() == 0  # the other worker has not bound it
+    writer.mark("bound", stage=1, rank=1)
+    states()
+    assert progress.ready_stage() == 1
+    writer.mark("active", at=107.5, stage=1)
+    assert states() == ["active", "absent", "absent"]
+    assert progress.as_dict()["stages"][0]["seconds"] == 7.5
+    with open(journal.path, "ab") as file:
+        file.write(b'{"event": "error", "at": 109')
+    assert states() and progress.error is None
+    with open(journal.path, "ab") as file:
+        file.write(b'.0, "text": "disk on fire"}\n')
+    assert states() and progress.error == "disk on fire"
+
+
+def test_reader_keeps_its_pace(monkeypatch):
+    """No burst after a pause: what was not read while the reader was held is not made up for."""
+    import progressive_serve
+
+    now, slept = [1000.0], []
+    monkeypatch.setattr(progressive_serve.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progressive_serve.time, "sleep", lambda seconds: slept.append(seconds))
+    reads = progressive_serve.at_pace(iter([(100, None), (150, None), (150, "digest")]), limit=10)
+    assert next(reads) == (100, None)
+    now[0] += 10 + 500  # it slept, and was held for long
+    assert [next(reads), next(reads)] == [(150, None), (150, "digest")]
+    assert slept == [10.0, 5.0, 5.0]  # the clock stands still in this test, so the last wait is asked for again

@@ -1,0 +1,534 @@
+"""prune_and_split.py: the scores against a naive computation, the output bit for bit, bad input, kills, full disks."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from blake3 import blake3
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import prune_and_split as script
+
+REPO = Path(__file__).resolve().parent.parent
+NAME = "prune_and_split.py"
+TEXT = "".join(
+    f"Fact {number}: the town of number {number * 37} lies on a river, and its bell is old.\n" for number in range(40)
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_llama, tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("source") / "tiny")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def read_manifest(folder: Path) -> dict:
+    return json.loads((folder / "progressive.json").read_text())
+
+
+def read_header(path: Path) -> tuple[int, dict]:
+    """Where the data starts, and the header."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return 8 + size, json.loads(file.read(size))
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- angular distance ---------------------------------------------------------------------------
+@pytest.mark.parametrize("architecture", [{}, dict(model_type="mistral", sliding_window=8)], ids=["llama", "mistral"])
+def test_angular_distance_equals_naive_computation(architecture, make_tiny_llama, tmp_path, monkeypatch):
+    folder = make_tiny_llama(tmp_path / "model", **architecture)
+    tokens = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = []  # of every layer, then of the final norm: [samples, hidden] at the final token
+    for module in [*model.model.layers, model.model.norm]:
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:, -1].double()))
+    with torch.no_grad():
+        model(tokens)
+
+    monkeypatch.setattr(script, "FORWARD_BATCH_TOKENS", 48)  # three batches, the last one smaller
+    final = script.collect_final_residuals(script.Checkpoint(folder, "tiny"), tokens.numpy())
+    distances = script.compute_angular_distances(final)
+
+    assert len(inputs) == 9 and distances.shape == (9, 9)
+    naive = {}
+    for first in range(8):
+        for last in range(first + 1, 9):
+            cosine = torch.nn.functional.cosine_similarity(inputs[first], inputs[last], dim=1)
+            naive[first, last - first] = (torch.acos(cosine) / math.pi).mean().item()
+            assert distances[first, last] == pytest.approx(naive[first, last - first], abs=1e-5)
+    after_norm = model.model.norm(inputs[8].float()).double()
+    cosine = torch.nn.functional.cosine_similarity(inputs[0], after_norm, dim=1)
+    assert abs((torch.acos(cosine) / math.pi).mean().item() - distances[0, 8]) > 1e-3  # the norm is not in the score
+    for count in range(1, 8):
+        best = min(range(8 - count), key=lambda first: naive[first, count])
+        assert script.find_best_start(distances, count) == best
+
+
+def test_last_layer_is_never_dropped():
+    distances = torch.ones(5, 5).double().numpy()
+    distances[3, 4] = distances[2, 4] = 0.0  # the blocks that hold the last layer of four
+    distances[1, 2] = distances[1, 3] = 0.5
+    assert [script.find_best_start(distances, count) for count in (1, 2, 3)] == [1, 1, 0]
+
+
+def test_scored_run_and_plan_only(tiny, run_script, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    options = ["--calibration", "text", "--samples", "12", "--seq-len", "32"]
+    planned = run_script(NAME, tiny, "out", *options, "--plan-only", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    assert list_names(tmp_path) == ["text"]
+    done = run_script(NAME, tiny, "out", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list_names(tmp_path) == ["out", "text"]
+    assert done.stdout.startswith(planned.stdout)
+
+    folder = tmp_path / "out" / "pruning"
+    rows = list(csv.DictReader((folder / "angular_distance.csv").open()))
+    assert len(rows) == 8 * 9 / 2
+    pairs = {(int(row["first_layer"]), int(row["num_layers"])): float(row["angular_distance"]) for row in rows}
+    best = min(range(6), key=lambda first: pairs[first, 2])
+    pruning = read_manifest(tmp_path / "out")["pruning"]
+    assert pruning == dict(
+        method="angular_distance",
+        block=[best, best + 1],
+        num_layers=2,
+        angular_distance=pytest.approx(pairs[best, 2], abs=1e-7),
+        calibration=dict(source="text", samples=12, seq_len=32),
+    )
+    assert (folder / "angular_distance.png").read_bytes().startswith(b"\x89PNG")
+    slices = yaml.safe_load((folder / "mergekit.yaml").read_text())["slices"]
+    ranges = [part["sources"][0]["layer_range"] for part in slices]
+    assert ranges == [[begin, end] for begin, end in ([0, best], [best + 2, 8]) if begin < end]
+    table = [line.split() for line in done.stdout.splitlines() if line.strip() and line.split()[0].isdigit()]
+    assert ["2", f"{best}-{best + 1}", f"{pairs[best, 2]:.4f}"] in table
+    assert [line[0] for line in table[:7]] == [str(count) for count in range(1, 8)]
+
+
+# ---- the progressive checkpoint -----------------------------------------------------------------
+CASES = {
+    "float32": dict(),
+    "float16": dict(dtype="float16"),
+    "bfloat16-sharded": dict(dtype="bfloat16", max_shard_size="100KB"),
+    "tied": dict(tie_word_embeddings=True),
+    "biases": dict(attention_bias=True),
+    "mistral": dict(model_type="mistral", dtype="bfloat16"),
+    "old-buffers": dict(),
+    "cut-files": dict(max_shard_size="200KB"),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def split(request, make_tiny_llama, run_script, tmp_path_factory) -> tuple[Path, Path]:
+    """(source, progressive checkpoint): layers 3-5 of 8 pruned, three stages."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = make_tiny_llama(folder / "source", **CASES[request.param])
+    if request.param == "old-buffers":  # checkpoints of 2023 hold rotary frequencies in every layer
+        tensors = load_file(source / "model.safetensors")
+        for layer in range(8):
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(16) + layer
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "README.md").write_text("not copied")
+    (source / "checkpoint-1").mkdir()
+    options = ["--max-file-gib", 100_000 / 2**30] if request.param == "cut-files" else []
+    done = run_script(NAME, "source", "out", "--layers", "3-5", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert list_names(folder) == ["out", "source"]
+    return source, folder / "out"
+
+
+def test_every_tensor_is_the_source_bit_for_bit(split):
+    source, out = map(read_tensors, split)
+    assert source.keys() == out.keys()
+    for name, tensor in source.items():
+        assert out[name].dtype == tensor.dtype and out[name].shape == tensor.shape
+        assert torch.equal(out[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_from_pretrained_gives_the_same_logits(split):
+    tokens = torch.arange(20).reshape(2, 10)
+    logits = []
+    for folder in split:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        with torch.no_grad():
+            logits.append(model(tokens).logits)
+    assert torch.equal(*logits)
+    assert AutoTokenizer.from_pretrained(split[1])("a river")["input_ids"]
+
+
+def test_files_are_aligned_and_in_forward_order(split):
+    order = {1: [0, 1, 2, 6, 7], 2: [3, 4], 3: [5]}
+    modules = ["input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "post_attention_layernorm"]
+    modules += ["gate_proj", "up_proj", "down_proj", "rotary_emb"]
+    for stage, layers in order.items():
+        names = []
+        for path in sorted(split[1].glob(f"model-stage{stage}*.safetensors")):
+            start, header = read_header(path)
+            assert start % 4096 == 0
+            assert header.pop("__metadata__") == {"format": "pt"}
+            assert list(header) == sorted(header, key=lambda name: header[name]["data_offsets"])
+            names += header
+            with safe_open(path, framework="pt") as opened:
+                assert set(opened.keys()) == set(header)
+        expected = ["model.embed_tokens.weight"] if stage == 1 else []
+        for layer in layers:
+            own = [name for name in names if name.startswith(f"model.layers.{layer}.")]
+            expected += sorted(own, key=lambda name: (modules.index(name.split(".")[-2]), name.endswith(".bias")))
+        expected += ["model.norm.weight"] if stage == 1 else []
+        expected += ["lm_head.weight"] if "lm_head.weight" in names else []
+        assert names == expected
+
+
+def test_index_and_manifest_agree_with_the_files(split):
+    source, out = split
+    tensors, manifest = read_tensors(out), read_manifest(out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    weights = sorted(path.name for path in out.glob("*.safetensors"))
+    assert index["weight_map"] == {
+        name: path for path in weights for name in read_header(out / path)[1] if "_" != name[0]
+    }
+
+    assert manifest["format_version"] == 1 and manifest["num_stages"] == 3 and manifest["num_layers"] == 8
+    config = json.loads((source / "config.json").read_text())
+    assert [manifest["architecture"]] == config["architectures"] and manifest["dtype"] == config["dtype"]
+    assert [(row["stage"], row["kind"]) for row in manifest["stages"]] == [(1, "layers"), (2, "layers"), (3, "layers")]
+    assert [row["layers"] for row in manifest["stages"]] == [[0, 1, 2, 6, 7], [3, 4], [5]]
+    files = [file for row in manifest["stages"] for file in row["files"]]
+    assert sorted(file["name"] for file in files) == weights
+    for file in files:
+        content = (out / file["name"]).read_bytes()
+        assert (file["bytes"], file["blake3"]) == (len(content), blake3(content).hexdigest())
+    for row in manifest["stages"]:
+        assert row["bytes"] == sum(file["bytes"] for file in row["files"])
+    assert manifest["pruning"] == dict(
+        method="manual", block=[3, 5], num_layers=3, angular_distance=None, calibration=None
+    )
+    sizes = {path.name: dict(bytes=path.stat().st_size) for path in source.glob("*.safetensors")}
+    assert manifest["source"] == dict(name="source", files=sizes)
+    assert set(manifest["tool"]) == {"name", "version", "torch", "transformers", "safetensors"}
+    if "cut-files" in str(out):
+        assert "model-stage1-00001-of-00003.safetensors" in weights
+        assert all((out / name).stat().st_size <= 100_000 + 8192 for name in weights)
+    else:
+        assert weights == [f"model-stage{stage}.safetensors" for stage in (1, 2, 3)]
+
+
+def test_side_files_are_copied_untouched(split):
+    source, out = split
+    kept = [name for name in list_names(source) if (source / name).is_file() and "safetensors" not in name]
+    kept.remove("README.md")
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(kept)
+    for name in kept:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    ours = [path.name for path in out.glob("*.safetensors")]
+    assert list_names(out) == sorted([*kept, *ours, "model.safetensors.index.json", "progressive.json", "pruning"])
+    assert list_names(out / "pruning") == ["mergekit.yaml"]
+
+
+def test_a_progressive_checkpoint_is_split_anew(split, run_script):
+    source, out = split
+    done = run_script(NAME, out, out, "--layers", "1", "--stages", "2", "--force")
+    assert done.returncode == 0, done.stderr
+    assert list_names(out.parent) == ["out", "source"]
+    assert [row["layers"] for row in read_manifest(out)["stages"]] == [[0, 2, 3, 4, 5, 6, 7], [1]]
+    before, after = map(read_tensors, split)
+    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
+
+
+# ---- random weights -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("shape", "parameters"),  # as their model cards count them
+    [
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("llama3.2-3b", 3_212_749_824),
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama3-8b", 8_030_261_248),
+    ],
+)
+def test_synthetic_shapes_are_the_published_ones(shape, parameters, monkeypatch):
+    monkeypatch.setattr(script, "SYNTHETIC_POOL", 1001)
+    model = script.SyntheticModel(shape, seed=0)
+    assert sum(math.prod(tensor.shape) for tensor in model.tensors.values()) == parameters
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config)).state_dict()
+    if model.config["tie_word_embeddings"]:
+        del expected["lm_head.weight"]
+    assert {name: tensor.shape for name, tensor in model.tensors.items()} == {
+        n: tuple(t.shape) for n, t in expected.items()
+    }
+
+
+def test_synthetic_weights_are_normal_and_depend_on_seed_and_name():
+    model, other = script.SyntheticModel("tinyllama-1.1b", seed=0), script.SyntheticModel("tinyllama-1.1b", seed=1)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    weights = script.load_tensor(model, names[0])
+    assert weights.shape == (5632, 2048) and weights.dtype == torch.bfloat16
+    assert weights.float().mean().abs() < 1e-4 and weights.float().std() == pytest.approx(0.02, rel=0.01)
+    assert torch.equal(weights, script.load_tensor(script.SyntheticModel("tinyllama-1.1b", seed=0), names[0]))
+    assert not torch.equal(weights, script.load_tensor(model, names[1]))
+    assert not torch.equal(weights, script.load_tensor(other, names[0]))
+    assert (script.load_tensor(model, "model.norm.weight") == 1).all()
+    table = script.load_tensor(model, "model.embed_tokens.weight")  # longer than the pool
+    tokens = torch.tensor([[0, 31999, 17, 16400]])
+    assert torch.equal(script.embed_tokens(model, tokens.numpy()), table[tokens])
+
+
+def test_every_entry_of_the_synthetic_tokenizer_is_visible():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=script.build_synthetic_tokenizer(32000))
+    assert len(tokenizer) == 32000
+    texts = tokenizer.batch_decode([[number] for number in range(32000)], skip_special_tokens=True)
+    assert [number for number, text in enumerate(texts) if not text] == [1, 2]  # bos and eos
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
+    text = "What is 2 + 2? {a: 'b'}\n\tno"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("\t", "?")
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+def drop_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def change_config(**values):
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def leave_pickles_only(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def drop_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def name_missing_shard(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    weight_map = {"model.norm.weight": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=weight_map)))
+
+
+def cut(count: int):
+    def change(model: Path) -> None:
+        os.truncate(
+            model / "model.safetensors", count if count >= 0 else os.path.getsize(model / "model.safetensors") + count
+        )
+
+    return change
+
+
+def fill_with_garbage(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+
+
+def fill_with_json_garbage(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", 16) + b'{"a": {"b": 1}} ' + bytes(64))
+
+
+def store_as_float64(model: Path) -> None:
+    tensors = {name: tensor.double() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors")
+
+
+BAD_MODELS = {
+    "no config": (drop_config, "config.json"),
+    "garbage config": (lambda model: (model / "config.json").write_text("{"), "config.json"),
+    "architecture": (change_config(architectures=["Qwen2ForCausalLM"]), "Qwen2ForCausalLM"),
+    "no architecture": (change_config(architectures=None), "architecture"),
+    "more layers than weights": (change_config(num_hidden_layers=9), "model.layers.8."),
+    "fewer layers than weights": (change_config(num_hidden_layers=7), "layer 7"),
+    "pickle": (leave_pickles_only, "pytorch_model.bin"),
+    "no weights": (drop_weights, "model.safetensors"),
+    "missing shard": (name_missing_shard, "model-00002-of-00002.safetensors"),
+    "one byte short": (cut(-1), "model.safetensors"),
+    "cut in the header": (cut(100), "model.safetensors"),
+    "empty": (cut(0), "model.safetensors"),
+    "garbage": (fill_with_garbage, "model.safetensors"),
+    "json garbage": (fill_with_json_garbage, "model.safetensors"),
+    "float64": (store_as_float64, "F64"),
+}
+BAD_OPTIONS = {
+    "layers out of range": ["--layers", "5-12"],
+    "last layer": ["--layers", "5-7"],
+    "not contiguous": ["--layers", "2,4"],
+    "backwards": ["--layers", "5-3"],
+    "no layers": ["--layers", "five"],
+    "too many stages": ["--layers", "3-4", "--stages", "4"],
+    "one stage": ["--layers", "3-4", "--stages", "1"],
+    "prune all": ["--prune", "8"],
+    "prune none": ["--prune", "0"],
+    "both": ["--prune", "2", "--layers", "3-4"],
+    "no calibration file": ["--calibration", "./nothing.txt"],
+    "short calibration": ["--calibration", "config.json", "--seq-len", "99999"],
+    "no text": ["--calibration", "model.safetensors"],
+    "shape": ["--synthetic", "gpt-5"],
+}
+
+
+def check_refusal(result: subprocess.CompletedProcess, work: Path, before: list[str], value: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert value in result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("usage: ")]
+    assert 1 <= len(lines) <= 2 and lines[0].startswith(f"{NAME}: error: ")
+    assert result.stdout == ""
+    assert list_names(work) == before
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_model_is_refused(case, tiny, run_script, tmp_path):
+    change, value = BAD_MODELS[case]
+    shutil.copytree(tiny, tmp_path / "model")
+    change(tmp_path / "model")
+    result = run_script(NAME, "model", "out", "--layers", "3-4", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["model"], value)
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option_is_refused(case, tiny, run_script, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, tmp_path)
+    result = run_script(NAME, tiny, "out", *BAD_OPTIONS[case], cwd=tmp_path)
+    check_refusal(result, tmp_path, ["config.json", "model.safetensors"], BAD_OPTIONS[case][-1])
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "nowhere", "/nowhere/at/all", "tests/nowhere"])
+def test_missing_model_is_refused(model, run_script, tmp_path):
+    (tmp_path / "tests").mkdir()  # so tests/nowhere is a mistyped path, no Hub id
+    check_refusal(run_script(NAME, model, "out", cwd=tmp_path), tmp_path, ["tests"], model)
+
+
+def test_missing_demo_model_is_refused(run_script, tmp_path):
+    (tmp_path / "demo").mkdir()
+    check_refusal(run_script(NAME, cwd=tmp_path), tmp_path, ["demo"], "demo/train_demo_llama.py")
+
+
+def test_model_without_tokenizer_cannot_be_scored(tiny, run_script, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, tmp_path)
+    result = run_script(NAME, tmp_path, "out", "--calibration", "config.json", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["config.json", "model.safetensors"], "tokenizer")
+
+
+@pytest.mark.parametrize("out", ["/sys/out", "missing/out", "file/out"])
+def test_output_that_cannot_be_made_is_refused(out, tiny, run_script, tmp_path):
+    (tmp_path / "file").touch()
+    result = run_script(NAME, tiny, out, "--layers", "3-4", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["file"], str(Path(out).parent))
+
+
+def test_existing_output_is_replaced_by_force_only(tiny, run_script, tmp_path):
+    command = [NAME, tiny, "out", "--layers", "3-4"]
+    assert run_script(*command, cwd=tmp_path).returncode == 0
+    (tmp_path / "out" / "adapters").mkdir()
+    check_refusal(run_script(*command, cwd=tmp_path), tmp_path, ["out"], "--force")
+    assert (tmp_path / "out" / "adapters").is_dir()
+    assert run_script(NAME, tiny, "out", "--layers", "1-2", "--force", cwd=tmp_path).returncode == 0
+    assert list_names(tmp_path) == ["out"]
+    assert not (tmp_path / "out" / "adapters").exists()
+    assert read_manifest(tmp_path / "out")["pruning"]["block"] == [1, 2]
+
+
+def test_force_spares_what_is_no_progressive_checkpoint(tiny, run_script, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    result = run_script(NAME, tiny, "thesis", "--layers", "3-4", "--force", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["thesis"], "thesis")
+    assert list_names(tmp_path / "thesis") == ["chapter"]
+
+
+# ---- kills and full disks -----------------------------------------------------------------------
+@pytest.mark.parametrize("old", [False, True], ids=["new", "force"])
+def test_killed_run_leaves_nothing_or_the_old_one(old, tiny, run_script, tmp_path):
+    split_tiny = [NAME, tiny, "out", "--layers", "3-4", "--force"]
+    if old:
+        assert run_script(*split_tiny, cwd=tmp_path).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out/*") if path.is_file()}
+    command = [sys.executable, REPO / NAME, "--synthetic", "tinyllama-1.1b", "out", "--force"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = tmp_path / ".out.partial" / "model-stage1.safetensors"
+    while process.poll() is None and not (written.exists() and written.stat().st_size > 50e6):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert written.exists()
+    assert (tmp_path / "out").exists() == old
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out/*") if path.is_file()} == before
+
+    assert run_script(*split_tiny, cwd=tmp_path).returncode == 0
+    assert list_names(tmp_path) == ["out"]
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(tiny).keys()
+    assert read_manifest(tmp_path / "out")["source"]["name"] == "tiny"
+
+
+def test_old_checkpoint_returns_after_a_kill_between_the_renames(tiny, run_script, tmp_path):
+    command = [NAME, tiny, "out", "--layers", "3-4"]
+    assert run_script(*command, cwd=tmp_path).returncode == 0
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    (tmp_path / ".out.partial").mkdir()
+    result = run_script(*command, cwd=tmp_path)
+    assert result.returncode == 2 and "--force" in result.stderr
+    assert read_manifest(tmp_path / "out")["pruning"]["block"] == [3, 4]
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "remains").touch()
+    assert run_script(*command, "--force", cwd=tmp_path).returncode == 0
+    assert list_names(tmp_path) == ["out"]
+
+
+def test_second_writer_is_refused_and_spares_the_first(tiny, run_script, tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model-stage1.safetensors").touch()
+    with (partial / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_script(NAME, tiny, "out", "--layers", "3-4", cwd=tmp_path)
+        check_refusal(result, tmp_path, [".out.partial"], "another run")
+        assert (partial / "model-stage1.safetensors").exists()
+
+
+@pytest.mark.parametrize("limit", ["size=200k", "size=64m,nr_inodes=6"], ids=["known beforehand", "while writing"])
+def test_full_disk_leaves_nothing(limit, tiny, run_script, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (needs root)")
+    try:
+        result = run_script(NAME, tiny, "out", "--layers", "3-4", cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert str(tmp_path / "out") in result.stderr and "another disk" in result.stderr
+        assert list_names(tmp_path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# ---- help ---------------------------------------------------------------------------------------
+def test_help_fits_80_columns_and_names_the_numbering(run_script):
+    result = run_script(NAME, "--help", env=os.environ | {"COLUMNS": "80"})
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "the paper counts from 1" in result.stdout
+    for shape in script.SYNTHETIC_SHAPES:
+        assert shape in result.stdout
