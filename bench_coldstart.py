@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 MODES = {"baseline": ("baseline",), "progressive": ("progressive",), "both": ("baseline", "progressive")}
 # Compilation takes stock vLLM minutes on a CPU and is the same for every mode; half of the memory is left to others.
-SERVER_ARGS = "--enforce-eager --max-model-len 2048 --gpu-memory-utilization 0.5"
+SERVER_ARGS = "--enforce-eager --gpu-memory-utilization 0.5"
 PROMPT = "Question: {question}\nAnswer:"
 MAX_TOKENS = 10
 POLL_SECONDS = 0.01  # between two attempts to connect, and two looks at /progress

@@ -29,7 +29,7 @@ def run_script(script: Path, *arguments, cwd: Path = ROOT, timeout: float = 300,
 
 def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, shard_size="5GB", **config) -> Path:
     """A tiny random checkpoint with a byte-level tokenizer, of a shape that vLLM's CPU kernels accept."""
-    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     config = {**shape, **heads, "initializer_range": 0.2, "eos_token_id": None, "bos_token_id": None, **config}
     torch.manual_seed(0)
@@ -46,9 +46,9 @@ def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, 
 
 @pytest.fixture(scope="session")
 def split_tiny(tmp_path_factory) -> Path:
-    """A tiny random progressive checkpoint: 6 layers, of which stages 2 and 3 add 2-3 and 4."""
+    """A tiny random progressive checkpoint: 4 layers, of which stages 2 and 3 add 1 and 2."""
     folder = tmp_path_factory.mktemp("tiny")
-    done = run_script(SPLIT, make_llama(folder / "model"), folder / "checkpoint", "--layers", "2-4")
+    done = run_script(SPLIT, make_llama(folder / "model"), folder / "checkpoint", "--layers", "1-2")
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint"
 
