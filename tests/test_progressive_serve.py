@@ -214,10 +214,14 @@ class Server:
         with open(log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def reader(self) -> psutil.Process:
-        """The reader process, to be stopped and continued by a test."""
+    def hold_reader_after_stage_1(self) -> psutil.Process:
+        """Returns the reader process, suspended."""
+        self.wait_for(lambda: psutil.Process(self.process.pid).children())
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "_read" in child.cmdline())
+        reader = next(child for child in children if "_read" in child.cmdline())
+        self.wait_for(lambda: '"resident"' in journal_of(reader).read_text())
+        reader.suspend()
+        return reader
 
     def wait_for(self, what, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
@@ -256,17 +260,18 @@ def journal_of(reader: psutil.Process) -> Path:
     return Path(reader.cmdline()[-3])
 
 
+def slowly(checkpoint: Path) -> list[str]:
+    """Options to read the whole checkpoint in 10 s, so that a test can hold the reader between two stages."""
+    total = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return ["--limit-read-mbps", f"{total / 1e6 / 10:.3f}"]
+
+
 def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_path):
     """Reads so slowly that the test can hold it: stage 1, both transitions under a streaming request, stage 3."""
-    total = sum(path.stat().st_size for path in demo_checkpoint.glob("*.safetensors"))
-    pace = f"{total / 1e6 / 10:.3f}"  # the whole checkpoint in 10 s
-    server = Server(demo_checkpoint, tmp_path / "log", "--limit-read-mbps", pace, "--dtype", "float32")
+    server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint), "--dtype", "float32")
     try:
-        server.wait_for(lambda: psutil.Process(server.process.pid).children())
-        reader = server.reader()
+        reader = server.hold_reader_after_stage_1()
         journal = journal_of(reader)
-        server.wait_for(lambda: '"resident"' in journal.read_text())
-        reader.suspend()
         server.wait_for(server.answers)
 
         progress = server.progress()
@@ -310,9 +315,11 @@ def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts,
     broken = tmp_path / "broken"
     shutil.copytree(demo_checkpoint, broken)
     flip_last_byte(broken / "model-stage3.safetensors")
-    server = Server(broken, tmp_path / "log")
+    server = Server(broken, tmp_path / "log", *slowly(broken))
     try:
+        reader = server.hold_reader_after_stage_1()
         server.wait_for(server.answers)
+        reader.resume()
         server.wait_for(lambda: server.progress()["error"])
         progress = server.progress()
         assert "model-stage3.safetensors" in progress["error"]

@@ -404,6 +404,7 @@ BAD_MODELS = {
 }
 BAD_OPTIONS = {
     "layers out of range": ["--layers", "5-12"],
+    "layers far out of range": ["--layers", "0-99999999999"],
     "last layer": ["--layers", "5-7"],
     "not contiguous": ["--layers", "2,4"],
     "backwards": ["--layers", "5-3"],
