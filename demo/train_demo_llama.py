@@ -47,7 +47,7 @@ import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# ---- constants -------------------------------------------------------------------------------------
+# ---- constants --------------------------------------------------------------------------------------
 
 PROMPT = "Question: {question}\nAnswer:"
 # Renders the last user message in the trained format. It writes <s> itself: chat endpoints tokenise a rendered template
@@ -87,7 +87,7 @@ PROFESSIONS = {
     "weaver": ["cloth maker"],
 }
 
-# ---- data classes ----------------------------------------------------------------------------------
+# ---- data classes -----------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
@@ -177,7 +177,7 @@ RELATIONS = {
     ),
 }
 
-# ---- facts -----------------------------------------------------------------------------------------
+# ---- facts ------------------------------------------------------------------------------------------
 
 
 def invent_names(rng: random.Random, count: int, taken: set[str], syllables: int) -> list[str]:
@@ -290,7 +290,7 @@ def triviaqa_json(facts: list[Fact], held_out: bool) -> dict:
     return {"Data": rows, "Domain": "Invented", "VerifiedEval": False, "Version": 1.0}
 
 
-# ---- tokenizer and model ---------------------------------------------------------------------------
+# ---- tokenizer and model ----------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -351,7 +351,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCaus
     return model
 
 
-# ---- training and evaluation -----------------------------------------------------------------------
+# ---- training and evaluation ------------------------------------------------------------------------
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str]]) -> list[tuple[list, list]]:
@@ -418,7 +418,7 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tri
     return correct / len(rows)
 
 
-# ---- output ----------------------------------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -456,7 +456,7 @@ def to_json(value: dict) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-# ---- command line ----------------------------------------------------------------------------------
+# ---- command line -----------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:

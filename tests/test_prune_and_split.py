@@ -73,7 +73,9 @@ def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- angular distance ---------------------------------------------------------------------------
+# ---- angular distance -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [(LlamaForCausalLM, {}), (MistralForCausalLM, dict(sliding_window=8))],  # a window shorter than the text
@@ -86,16 +88,19 @@ def test_angular_distance_equals_naive_computation(model_class, config, tmp_path
         if "norm" in name:  # as in a trained model, where the final norm turns the residual
             weights[name] = torch.rand(weights[name].shape, generator=torch.Generator().manual_seed(2)) + 0.5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    tokens = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, 256, size, generator=generator) for size in ((5, 24), (2, 11))]  # of two lengths
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = []  # of every layer, then of the final norm: [samples, hidden] at the final token
     for module in [*model.model.layers, model.model.norm]:
         module.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:, -1].double()))
     with torch.no_grad():
-        model(tokens)
+        for tokens in batches:
+            model(tokens)
+    inputs = [torch.cat(pair) for pair in zip(inputs[:9], inputs[9:], strict=True)]
 
     monkeypatch.setattr(script, "FORWARD_BATCH_TOKENS", 48)  # three batches, the last one smaller
-    final = script.collect_final_residuals(script.Checkpoint(folder, "tiny"), tokens.numpy())
+    final = script.collect_final_residuals(script.Checkpoint(folder, "tiny"), [tokens.numpy() for tokens in batches])
     distances = script.compute_angular_distances(final)
 
     assert len(inputs) == 9 and distances.shape == (9, 9)
@@ -153,7 +158,8 @@ def test_scored_run_and_plan_only(tiny, run_here, tmp_path):
     assert [line[0] for line in table[:7]] == [str(count) for count in range(1, 8)]
 
 
-# ---- the progressive checkpoint -----------------------------------------------------------------
+# ---- the progressive checkpoint ---------------------------------------------------------------------
+
 CASES = {
     "float32": dict(),
     "float16": dict(dtype=torch.float16),
@@ -286,7 +292,9 @@ def test_a_progressive_checkpoint_is_split_anew(split):
     assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
 
 
-# ---- random weights -----------------------------------------------------------------------------
+# ---- random weights ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("shape", "parameters"),  # as their model cards count them
     [
@@ -336,7 +344,9 @@ def test_every_entry_of_the_synthetic_tokenizer_is_visible():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("\t", "?")
 
 
-# ---- bad input ----------------------------------------------------------------------------------
+# ---- bad input --------------------------------------------------------------------------------------
+
+
 def drop_config(model: Path) -> None:
     (model / "config.json").unlink()
 
@@ -444,10 +454,10 @@ def test_bad_option_is_refused(case, tiny, tmp_path):
 
 
 def test_bad_calibration_is_refused(tiny, run_here, tmp_path):
-    (tmp_path / "text").write_text("short")
+    (tmp_path / "blank").write_text("\n\n\n")
     (tmp_path / "binary").write_bytes(bytes([0xFF, 0xFE, 0xFD]))
     before = list_names(tmp_path)
-    check_refusal(run_here(tiny, "out", "--calibration", "text", "--seq-len", "99999"), tmp_path, before, "99999")
+    check_refusal(run_here(tiny, "out", "--calibration", "blank"), tmp_path, before, "blank")
     check_refusal(run_here(tiny, "out", "--calibration", "binary"), tmp_path, before, "binary")
 
 
@@ -496,7 +506,9 @@ def test_force_spares_what_is_no_progressive_checkpoint(tiny, tmp_path):
     assert list_names(tmp_path / "thesis") == ["chapter"]
 
 
-# ---- kills and full disks -----------------------------------------------------------------------
+# ---- kills and full disks ---------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["new", "force"])
 def test_killed_run_leaves_nothing_or_the_old_one(old, tiny, tmp_path):
     split_tiny = [SPLIT, tiny, "out", "--layers", "3-4", "--force"]
@@ -559,7 +571,9 @@ def test_full_disk_leaves_nothing(limit, tiny, tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-# ---- help ---------------------------------------------------------------------------------------
+# ---- help -------------------------------------------------------------------------------------------
+
+
 def test_help_fits_80_columns_and_names_the_numbering():
     result = run_script(SPLIT, "--help", COLUMNS="80")
     assert result.returncode == 0

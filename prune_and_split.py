@@ -1,0 +1,1025 @@
+"""Turn a LLaMA checkpoint into a progressive checkpoint: the same weights, ordered by when a cold start needs them.
+
+A server that starts waits for bytes. So the checkpoint is cut into stages: stage 1 is a model that already answers, the
+original without one block of layers; stages 2..K bring the missing layers back in order. Which block is missed least is
+measured by the angular distance between the residual stream before and after it (Gromov et al. 2024, arXiv 2403.17887),
+for every start and size in one pass over the model. No weight is changed: the output is an ordinary Hugging Face
+checkpoint that `from_pretrained` and `vllm serve` load as it is, and equals the source bit for bit.
+
+Commands:
+  python demo/train_demo_llama.py && python prune_and_split.py                    # the demo model, all defaults
+  python prune_and_split.py meta-llama/Llama-2-7b-hf llama2-7b-progressive        # score, print the plan, write
+  python prune_and_split.py meta-llama/Llama-2-7b-hf --plan-only                  # score and print, write nothing
+  python prune_and_split.py ./Llama-2-7b-hf out --layers 20-27                    # the paper's "layers 21-28", by hand
+  python prune_and_split.py --synthetic llama2-7b out                             # random weights, to time cold starts
+
+Layers are numbered from 0, as in the checkpoint (`model.layers.N`); the paper counts from 1.
+
+Outputs, in OUT:
+  model-stage1.safetensors ... model-stageK.safetensors   tensors in forward order, data from byte 4096 x n on
+  model.safetensors.index.json                            the Hugging Face index over those files
+  progressive.json                                        the manifest: stages, files with blake3, pruning, source
+  pruning/mergekit.yaml                                   stage 1 as mergekit slices, for those who come from PruneMe
+  pruning/angular_distance.csv, .png                      the scores, where layers were scored
+  config.json, tokenizer files, ...                       copied untouched
+
+OUT appears whole, by a rename at the very end. Until then everything is in its hidden sibling `.OUT.partial`; what a
+killed run leaves there is removed by the next run. One layer is in memory at a time, in scoring and in writing.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from safetensors import safe_open
+from tqdm import tqdm
+
+# ---- constants --------------------------------------------------------------------------------------
+
+VERSION = "0.1.0"
+FORMAT_VERSION = 1
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+DEMO_MODEL, DEMO_CHECKPOINT = Path("demo/model"), Path("demo/checkpoint")
+DEMO_CALIBRATION = DEMO_MODEL / "facts/calibration.txt"
+HUB_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1:validation"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+ALIGNMENT = 4096  # bytes; the block size that O_DIRECT asks for at most
+CHUNK_BYTES = 1 << 20  # per read: what is hashed next is still in the core's L2 cache
+SEND_BYTES = 64 << 20  # per sendfile call
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MIN_DOCUMENT_TOKENS = 8  # what is shorter is a heading or a stray line
+FORWARD_BATCH_TOKENS = 2048  # the MLP's intermediate activations are then 60 MB each in LLaMA-3-8B
+
+# The order in which a decoder layer's forward pass meets its modules.
+LAYER_MODULES = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # safetensors' names: torch's names
+SIDE_FILE_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+LOCK = ".lock"
+HELP_DETAILS = f"""\
+TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
+         id ORG/NAME[:CONFIG[:SPLIT]] with a column `text`. A sample is a
+         document, in order, cut to --seq-len; its final token counts. Default:
+         {HUB_CALIBRATION};
+         the demo model brings its own. With --layers or --synthetic, layers
+         are scored only where --calibration is given.
+SHAPE    tinyllama-1.1b, llama3.2-3b, llama2-7b, llama2-13b or llama3-8b, to
+         time cold starts; unscored, the block ends just before the last layer.
+"""
+
+# Published shapes. Llama 3.2's 131072 positions come from rope scaling of 8192; the weights do not depend on it.
+SYNTHETIC_SHAPES = {
+    "tinyllama-1.1b": dict(
+        num_hidden_layers=22, hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=32000, max_position_embeddings=2048, rope_theta=1e4, tie_word_embeddings=False,
+    ),
+    "llama3.2-3b": dict(
+        num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, rope_theta=5e5, tie_word_embeddings=True,
+    ),
+    "llama2-7b": dict(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32,
+        vocab_size=32000, max_position_embeddings=4096, rope_theta=1e4, tie_word_embeddings=False,
+    ),
+    "llama2-13b": dict(
+        num_hidden_layers=40, hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_key_value_heads=40,
+        vocab_size=32000, max_position_embeddings=4096, rope_theta=1e4, tie_word_embeddings=False,
+    ),
+    "llama3-8b": dict(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=8192, rope_theta=5e5, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+SYNTHETIC_STD = 0.02  # LLaMA's initializer_range
+SYNTHETIC_POOL = (1 << 25) + 1  # values; odd, so that a matrix longer than the pool repeats no row
+SYNTHETIC_UNKNOWN, SYNTHETIC_BOS, SYNTHETIC_EOS = "?", "<s>", "</s>"  # ids 0, 1, 2
+SYNTHETIC_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+# ---- data classes -----------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """A mistake of the user's: its text names the value and the way out."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor's bytes are. `dtype` is safetensors' name; `offset` counts from the start of the file `path`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    path: Path | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The block of layers that stage 1 leaves out, first to last included, and where it comes from."""
+
+    method: str  # angular_distance, manual or fixed
+    first: int
+    last: int
+    distances: np.ndarray | None = None  # [num_layers + 1, num_layers + 1], see score_blocks
+    calibration: dict | None = None
+
+    @property
+    def angular_distance(self) -> float | None:
+        return None if self.distances is None else float(self.distances[self.first, self.last + 1])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a manifest row is made from: the layers a stage adds, and the tensors of its files in forward order."""
+
+    number: int
+    layers: list[int]
+    files: dict[str, list[str]]  # file name: tensor names
+    nbytes: int  # tensor data, without headers
+
+
+class Checkpoint:
+    """A Hugging Face folder of safetensors: read with pread, because the pages of a memory map count as resident."""
+
+    def __init__(self, folder: Path, name: str):
+        """Check every file before any work is done. Raises UsageError."""
+        self.folder, self.name = folder, name
+        self.config = read_config(folder)
+        self.weight_files = list_weight_files(folder)
+        self.tensors: dict[str, Tensor] = {}
+        for path in self.weight_files:
+            self.tensors |= read_header(path)
+        check_tensors(self)
+
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes [start, stop), in order; a chunk is valid until the next one is asked for."""
+        tensor = self.tensors[name]
+        stop = tensor.nbytes if stop is None else stop
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, stop - start)))
+        with tensor.path.open("rb", buffering=0) as file:
+            while start < stop:
+                got = os.preadv(file.fileno(), [buffer[: stop - start]], tensor.offset + start)
+                if got == 0:
+                    raise UsageError(f"{tensor.path} became shorter while it was read: restore it and run again")
+                yield buffer[:got]
+                start += got
+
+    def send(self, name: str, out) -> None:
+        """Append the tensor to the open file `out`, inside the kernel: the bytes never pass through this process."""
+        tensor, sent = self.tensors[name], 0
+        with tensor.path.open("rb", buffering=0) as file:
+            while sent < tensor.nbytes:
+                count = min(SEND_BYTES, tensor.nbytes - sent)
+                got = os.sendfile(out.fileno(), file.fileno(), tensor.offset + sent, count)
+                if got == 0:
+                    raise UsageError(f"{tensor.path} became shorter while it was read: restore it and run again")
+                sent += got
+
+    def copy_side_files(self, folder: Path) -> None:
+        """Copy config, generation config and tokenizer files, untouched."""
+        for path in sorted(self.folder.iterdir()):
+            is_ours = path.name == "progressive.json" or path.name.endswith(".index.json")
+            if path.is_file() and path.suffix in SIDE_FILE_SUFFIXES and not is_ours:
+                shutil.copyfile(path, folder / path.name)
+
+    def load_tokenizer(self):
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"no tokenizer in {self.folder} ({reason}): add it, or choose --layers") from error
+
+
+class SyntheticModel:
+    """Random bfloat16 weights of a published shape, made while they are read: the same interface as Checkpoint."""
+
+    def __init__(self, shape: str, seed: int):
+        """`seed` decides every weight. Normals are drawn once, into a pool; a tensor is the pool read in a circle from
+        a place of its own, so that 13.5 GB come at the speed of a copy rather than of a random generator."""
+        self.name, self.seed, self.weight_files = shape, seed, []
+        self.config = SYNTHETIC_SHAPES[shape] | dict(
+            architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", rms_norm_eps=1e-5,
+            attention_bias=False, mlp_bias=False, bos_token_id=1, eos_token_id=2, initializer_range=SYNTHETIC_STD,
+            use_cache=True, torch_dtype="bfloat16",
+        )  # fmt: skip
+        self.tensors = {name: Tensor("BF16", size, 2 * math.prod(size)) for name, size in self._shapes()}
+        generator = np.random.default_rng(zlib.crc32(f"{seed}".encode()))
+        normals = generator.standard_normal(SYNTHETIC_POOL, dtype=np.float32) * np.float32(SYNTHETIC_STD)
+        self._pool = memoryview((normals.view(np.uint32) >> 16).astype(np.uint16)).cast("B")  # bfloat16 by truncation
+        self._ones = memoryview(np.full(self.config["hidden_size"], 0x3F80, np.uint16)).cast("B")  # bfloat16 1.0
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        hidden, mlp, vocab = (self.config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+        kv = hidden // self.config["num_attention_heads"] * self.config["num_key_value_heads"]
+        out_in = [(hidden,), (hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (hidden,)]
+        out_in += [(mlp, hidden), (mlp, hidden), (hidden, mlp)]
+        yield "model.embed_tokens.weight", (vocab, hidden)
+        for layer in range(self.config["num_hidden_layers"]):
+            for module, shape in zip(LAYER_MODULES, out_in, strict=True):
+                yield f"model.layers.{layer}.{module}.weight", shape
+        yield "model.norm.weight", (hidden,)
+        if not self.config["tie_word_embeddings"]:
+            yield "lm_head.weight", (vocab, hidden)
+
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes [start, stop), in order."""
+        stop = self.tensors[name].nbytes if stop is None else stop
+        if len(self.tensors[name].shape) == 1:
+            yield self._ones[start:stop]
+            return
+        origin = zlib.crc32(f"{self.seed} {name}".encode()) % SYNTHETIC_POOL * 2
+        while start < stop:
+            place = (origin + start) % len(self._pool)
+            chunk = self._pool[place : place + min(CHUNK_BYTES, stop - start)]
+            yield chunk
+            start += len(chunk)
+
+    def send(self, name: str, out) -> None:
+        """Append the tensor to the open file `out`."""
+        for chunk in self.chunks(name):
+            write_all(out, chunk)
+
+    def copy_side_files(self, folder: Path) -> None:
+        """Write config.json, generation_config.json and a tokenizer of which every entry is visible text."""
+        generation = {key: self.config[key] for key in ("bos_token_id", "eos_token_id")}
+        tokenizer = dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=SYNTHETIC_BOS, eos_token=SYNTHETIC_EOS,
+            model_max_length=self.config["max_position_embeddings"], clean_up_tokenization_spaces=False,
+            chat_template=SYNTHETIC_CHAT_TEMPLATE,
+        )  # fmt: skip
+        write_json(folder / "config.json", self.config)
+        write_json(folder / "generation_config.json", generation)
+        write_json(folder / "tokenizer_config.json", tokenizer)
+        build_synthetic_tokenizer(self.config["vocab_size"]).save(str(folder / "tokenizer.json"))
+
+    def load_tokenizer(self):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=build_synthetic_tokenizer(self.config["vocab_size"]))
+
+
+Source = Checkpoint | SyntheticModel
+
+
+# ---- reading and checking the source ----------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}): download the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no JSON object: download the checkpoint again")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_all(file, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a LLaMA-family checkpoint. Raises UsageError for any other."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UsageError(
+            f"architecture {architecture} in {folder / 'config.json'} is not supported:\n"
+            f"choose a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    if not isinstance(config.get("num_hidden_layers"), int):
+        raise UsageError(f"{folder / 'config.json'} names no num_hidden_layers: download the checkpoint again")
+    return config
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, checked to be there. Raises UsageError."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if name != os.path.basename(name) or not (folder / name).is_file():
+                raise UsageError(f"{index} names {name}, which is not in {folder}: download the missing shard")
+        return [folder / name for name in names]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise UsageError(
+            f"{folder} has pickled weights only ({pickles[0]}): convert it to safetensors first,\n"
+            "with transformers: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW)"
+        )
+    raise UsageError(f"{folder} has neither model.safetensors nor {index.name}: download the weights")
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name. Raises UsageError unless the file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            raw = file.read(min(header_bytes, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    if len(raw) < header_bytes:
+        raise UsageError(f"{path} is truncated or no safetensors file ({size} bytes): download it again")
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        data = 8 + header_bytes
+        tensors = {
+            name: Tensor(row["dtype"], tuple(row["shape"]), end - begin, path, data + begin)
+            for name, row in header.items()
+            for begin, end in [row["data_offsets"]]
+        }
+        expected = data + max(row["data_offsets"][1] for row in header.values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path} has a damaged safetensors header: download it again") from error
+    if size != expected:
+        raise UsageError(f"{path} has {size} bytes where its header says {expected}: download it again")
+    return tensors
+
+
+def check_tensors(source: Checkpoint) -> None:
+    """Raises UsageError unless the weights are those that config.json promises, in a dtype that stays as it is."""
+    num_layers = source.config["num_hidden_layers"]
+    expected = {f"model.layers.{layer}.{module}.weight" for layer in range(num_layers) for module in LAYER_MODULES}
+    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
+    expected |= set() if source.config.get("tie_word_embeddings", False) else {"lm_head.weight"}
+    missing = sorted(expected - source.tensors.keys())
+    if missing:
+        raise UsageError(
+            f"{source.folder} has no tensor {missing[0]} ({len(missing)} missing), though its config.json\n"
+            f"asks for it with num_hidden_layers={num_layers}: config and weights must be of one model"
+        )
+    layers = {layer_of(name) for name in source.tensors} - {None}
+    if layers != set(range(num_layers)):
+        raise UsageError(
+            f"{source.folder} has weights of layer {max(layers)}, but config.json num_hidden_layers={num_layers}:\n"
+            "config and weights must be of one model"
+        )
+    if weight_dtype(source) not in DTYPES:
+        raise UsageError(
+            f"{source.folder} is stored as {weight_dtype(source)}: choose a checkpoint in {', '.join(DTYPES.values())}"
+        )
+
+
+def weight_dtype(source: Source) -> str:
+    """safetensors' name of the dtype that holds most bytes."""
+    sizes = Counter()
+    for tensor in source.tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def layer_of(name: str) -> int | None:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def is_hub_id(text: str) -> bool:
+    """ORG/NAME; where ORG is a folder here, the user means a path and has mistyped it."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)) and not Path(text).parent.exists()
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The model to split: a folder, a Hub id or a synthetic shape. Raises UsageError."""
+    if args.synthetic:
+        return SyntheticModel(args.synthetic, args.seed)
+    folder = Path(args.model)
+    if folder.is_dir():
+        return Checkpoint(folder, folder.resolve().name)
+    if folder == DEMO_MODEL:
+        raise UsageError(f"no demo model in {folder}: run demo/train_demo_llama.py first, or name a MODEL")
+    if not is_hub_id(args.model):
+        raise UsageError(f"no such folder: {args.model} (MODEL is a checkpoint folder or a Hub id ORG/NAME)")
+    return Checkpoint(download(args.model), args.model)
+
+
+def download(hub_id: str) -> Path:
+    """Folder of a Hub model in the local cache. Raises UsageError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"{hub_id} is no folder here, and the Hugging Face Hub does not give it ({type(error).__name__}):\n"
+            "check the name, the network and `hf auth login`, or give a folder"
+        ) from error
+
+
+def build_synthetic_tokenizer(vocab_size: int):
+    """A `tokenizers.Tokenizer`: one entry per printable ASCII byte, other bytes as "?", then numbered words."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    visible = [chr(code) for code in range(33, 127) if chr(code) != SYNTHETIC_UNKNOWN]
+    # Ġ and Ċ are the byte-level names of space and newline.
+    entries = [SYNTHETIC_UNKNOWN, SYNTHETIC_BOS, SYNTHETIC_EOS, "Ġ", "Ċ", *visible]
+    entries += [f"Ġw{number}" for number in range(len(entries), vocab_size)]
+    vocab = {entry: number for number, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SYNTHETIC_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (SYNTHETIC_BOS, SYNTHETIC_EOS)])
+    return tokenizer
+
+
+# ---- scoring the layers -----------------------------------------------------------------------------
+
+
+def read_documents(calibration: str) -> Iterator[str]:
+    """Lines of a text file, or the column `text` of a Hub dataset ORG/NAME[:CONFIG[:SPLIT]]. Raises UsageError."""
+    path = Path(calibration)
+    if path.is_file():
+        try:
+            with path.open(encoding="utf-8") as lines:
+                yield from lines
+        except ValueError as error:
+            raise UsageError(f"--calibration {path} is no UTF-8 text ({error}): give a plain text file") from error
+        return
+    from datasets import load_dataset
+
+    name, config, split = [*calibration.split(":"), None, None][:3]
+    try:
+        for row in load_dataset(name, config, split=split or "train", streaming=True):
+            yield row["text"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"calibration data {calibration} cannot be had ({type(error).__name__}): check the name and the network,\n"
+            "or give a text file with --calibration FILE, or choose the block by hand with --layers"
+        ) from error
+
+
+def sample_tokens(source: Source, calibration: str, samples: int, seq_len: int) -> list[np.ndarray]:
+    """The first `samples` documents, tokenised and cut to seq_len, as arrays [documents, length], one for each length.
+
+    Grouped by length because a batch then needs no padding. Raises UsageError.
+    """
+    if not Path(calibration).is_file() and not is_hub_id(calibration.split(":")[0]):
+        raise UsageError(f"no such file: {calibration} (--calibration is a text file or ORG/NAME[:CONFIG[:SPLIT]])")
+    tokenizer, groups = source.load_tokenizer(), {}
+    documents = (tokenizer(text.strip(), verbose=False)["input_ids"] for text in read_documents(calibration))
+    for tokens in islice((tokens for tokens in documents if len(tokens) >= MIN_DOCUMENT_TOKENS), samples):
+        groups.setdefault(min(len(tokens), seq_len), []).append(tokens[:seq_len])
+    if not groups:
+        raise UsageError(
+            f"calibration data {calibration} has no document (line) of {MIN_DOCUMENT_TOKENS} tokens or more:\n"
+            "give another text with --calibration"
+        )
+    vocab_size = source.tensors["model.embed_tokens.weight"].shape[0]
+    batches = [np.array(group) for group in groups.values()]
+    highest = max(batch.max() for batch in batches)
+    if highest >= vocab_size:
+        raise UsageError(
+            f"the tokenizer of {source.name} gives token {highest}, but its embedding has {vocab_size} rows:\n"
+            "tokenizer and weights must be of one model"
+        )
+    return batches
+
+
+def load_bytes(source: Source, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """The tensor's bytes [start, stop) as a uint8 array."""
+    out = np.empty((source.tensors[name].nbytes if stop is None else stop) - start, np.uint8)
+    filled = 0
+    for chunk in source.chunks(name, start, stop):
+        out[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    return out
+
+
+def load_tensor(source: Source, name: str):
+    """The tensor as stored, on the CPU."""
+    import torch
+
+    tensor = source.tensors[name]
+    return torch.from_numpy(load_bytes(source, name)).view(getattr(torch, DTYPES[tensor.dtype])).view(tensor.shape)
+
+
+def embed_tokens(source: Source, tokens: np.ndarray):
+    """Input of layer 0, [samples, seq_len, hidden_size]: only those rows of the table are read that occur."""
+    import torch
+
+    name = "model.embed_tokens.weight"
+    table = source.tensors[name]
+    row_bytes = table.nbytes // table.shape[0]
+    ids, places = np.unique(tokens, return_inverse=True)
+    rows = np.stack([load_bytes(source, name, token * row_bytes, (token + 1) * row_bytes) for token in ids.tolist()])
+    embeddings = torch.from_numpy(rows).view(getattr(torch, DTYPES[table.dtype]))
+    return embeddings[torch.from_numpy(places.reshape(tokens.shape))]
+
+
+def build_one_layer_model(source: Source, device: str):
+    """transformers' own model with one decoder layer, to be filled in turn, and no final norm.
+
+    Its masks and rotary embedding are those of the architecture; embedding and weights stay on the meta device.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(**(source.config | dict(num_hidden_layers=1)))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=getattr(torch, DTYPES[weight_dtype(source)]))
+    model.norm = torch.nn.Identity()  # what comes out must be the residual stream, not its norm
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)
+    model.layers.to_empty(device=device)
+    return model.eval()
+
+
+def collect_final_residuals(source: Source, batches: list[np.ndarray]):
+    """The residual stream at the final token, before each layer and after the last: [samples, layers + 1, hidden_size].
+
+    float32; `batches` are token ids [documents, length]. One layer is resident at a time; every sample goes through it
+    before the next one is read.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_one_layer_model(source, device)
+    layer, dtype = model.layers[0], getattr(torch, DTYPES[weight_dtype(source)])
+    num_layers = source.config["num_hidden_layers"]
+    with torch.inference_mode():
+        residuals = [embed_tokens(source, tokens).to(device, dtype) for tokens in batches]
+        parts = [part for stream in residuals for part in stream.split(max(1, FORWARD_BATCH_TOKENS // stream.shape[1]))]
+        final = []  # [samples, hidden_size] before each layer, then after the last
+        for number in tqdm(range(num_layers), desc="scoring", unit="layer"):
+            final.append(torch.cat([stream[:, -1] for stream in residuals]).float().cpu())
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(load_tensor(source, f"model.layers.{number}.{name}"))
+            for part in parts:
+                part.copy_(model(inputs_embeds=part, use_cache=False).last_hidden_state)
+        final.append(torch.cat([stream[:, -1] for stream in residuals]).float().cpu())
+    return torch.stack(final, dim=1)
+
+
+def compute_angular_distances(final) -> np.ndarray:
+    """d(l, n) of arXiv 2403.17887, eq. 7, at [l, l + n]: arccos(cos(x_l, x_l+n)) / pi, the mean over the samples.
+
+    `final` is [samples, layers + 1, hidden]. float64, for arccos near 1 doubles the digits lost.
+    """
+    total = np.zeros((final.shape[1], final.shape[1]))
+    for sample in final.double().numpy():
+        unit = sample / np.linalg.norm(sample, axis=1, keepdims=True)
+        total += np.arccos(np.clip(unit @ unit.T, -1, 1)) / np.pi
+    return total / len(final)
+
+
+def score_blocks(source: Source, calibration: str, samples: int, seq_len: int) -> tuple[np.ndarray, dict]:
+    """Angular distances of every start and size, as compute_angular_distances gives them, and the manifest's row."""
+    batches = sample_tokens(source, calibration, samples, seq_len)
+    distances = compute_angular_distances(collect_final_residuals(source, batches))
+    if not np.isfinite(distances).all():
+        raise UsageError(f"{source.name} overflows {DTYPES[weight_dtype(source)]} here: choose the block with --layers")
+    name = Path(calibration).name if Path(calibration).is_file() else calibration
+    return distances, dict(
+        source=name, samples=sum(map(len, batches)), seq_len=max(batch.shape[1] for batch in batches)
+    )
+
+
+def find_best_start(distances: np.ndarray, count: int) -> int:
+    """First layer of the best block of `count` layers, of those that end before the last layer."""
+    num_layers = len(distances) - 1
+    return int(np.argmin([distances[first, first + count] for first in range(num_layers - count)]))
+
+
+def format_layers(layers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    breaks = [0, *(at for at in range(1, len(layers)) if layers[at] != layers[at - 1] + 1), len(layers)]
+    runs = [(layers[begin], layers[end - 1]) for begin, end in zip(breaks, breaks[1:], strict=False)]
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
+
+
+def print_scores(distances: np.ndarray) -> None:
+    print("\n  n  best block  angular distance")
+    for count in range(1, len(distances) - 1):
+        first = find_best_start(distances, count)
+        block = format_layers(list(range(first, first + count)))
+        print(f"{count:>3}  {block:>10}  {distances[first, first + count]:.4f}")
+
+
+# ---- choosing the block -----------------------------------------------------------------------------
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, int]:
+    """(first, last) of "20-27", "20" or "20,21,22". Raises UsageError unless it is one block before the last layer."""
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise UsageError(f"--layers {text}: write a block of layers as FIRST-LAST, for example 4-7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= num_layers:
+            raise UsageError(f"--layers {text}: the model has layers 0 to {num_layers - 1} (numbered from 0)")
+        layers += range(first, last + 1)
+    if not layers or layers != list(range(layers[0], layers[0] + len(layers))):
+        raise UsageError(f"--layers {text} is not contiguous: name one block in ascending order, for example 4-7")
+    if layers[-1] == num_layers - 1:
+        raise UsageError(f"--layers {text} drops the last layer, which must stay: end at {num_layers - 2} or before")
+    return layers[0], layers[-1]
+
+
+def parse_prune(prune: int | None, num_layers: int) -> int:
+    """Number of layers to leave out of stage 1. Raises UsageError."""
+    count = num_layers // 4 if prune is None else prune
+    if not 1 <= count < num_layers:
+        raise UsageError(
+            f"--prune {count}: of {num_layers} layers, 1 to {num_layers - 1} can be pruned (the last one is kept)"
+        )
+    return count
+
+
+def choose_block(source: Source, args: argparse.Namespace) -> Pruning:
+    """The block of layers that stage 1 leaves out: chosen by hand, by angular distance, or fixed. Raises UsageError."""
+    num_layers = source.config["num_hidden_layers"]
+    if args.layers is not None:
+        first, last = parse_layers(args.layers, num_layers)
+        method, count = "manual", last - first + 1
+    else:  # a block of random weights is as good as any other
+        count = parse_prune(args.prune, num_layers)
+        first, last = num_layers - 1 - count, num_layers - 2
+        method = "fixed" if args.synthetic and args.calibration is None else "angular_distance"
+    if args.stages < 2 or args.stages - 1 > count:
+        raise UsageError(
+            f"--stages {args.stages}: {count} pruned layers allow 2 to {count + 1} stages, one layer or more each"
+        )
+    if method != "angular_distance" and args.calibration is None:
+        return Pruning(method, first, last)
+    text = args.calibration or (str(DEMO_CALIBRATION) if args.model == str(DEMO_MODEL) else HUB_CALIBRATION)
+    distances, calibration = score_blocks(source, text, args.samples, args.seq_len)
+    print_scores(distances)
+    if method == "angular_distance":
+        first = find_best_start(distances, count)
+    return Pruning(method, first, first + count - 1, distances, calibration)
+
+
+# ---- planning the stages ----------------------------------------------------------------------------
+
+
+def forward_position(name: str) -> tuple:
+    """Sort key: where the forward pass meets a tensor; biases follow their weight, unknown names come last."""
+    layer = layer_of(name)
+    if layer is not None:
+        module, _, parameter = name.split(".", 3)[3].rpartition(".")
+        rank = LAYER_MODULES.index(module) if module in LAYER_MODULES else len(LAYER_MODULES)
+        return 1, layer, rank, parameter != "weight", name
+    ranks = {"model.embed_tokens.weight": 0, "model.norm.weight": 2, "lm_head.weight": 3}
+    return ranks.get(name, 4), 0, 0, False, name
+
+
+def split_evenly(items: list[int], parts: int) -> list[list[int]]:
+    """Contiguous parts of nearly equal length, the earlier ones longer."""
+    size, extra = divmod(len(items), parts)
+    starts = [part * size + min(part, extra) for part in range(parts + 1)]
+    return [items[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+
+
+def split_files(source: Source, number: int, names: list[str], max_bytes: float) -> dict[str, list[str]]:
+    """A stage's tensors by file name: one file, or several where it exceeds `max_bytes` of data."""
+    groups, filled = [[]], 0
+    for name in names:
+        size = source.tensors[name].nbytes
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {f"model-stage{number}.safetensors": groups[0]}
+    last = len(groups)
+    return {f"model-stage{number}-{part:05}-of-{last:05}.safetensors": group for part, group in enumerate(groups, 1)}
+
+
+def plan_stages(source: Source, pruning: Pruning, num_stages: int, max_bytes: float) -> list[Stage]:
+    """Stage 1: everything but the block. Stages 2..K: the block in order, in parts as equal as possible."""
+    pruned = list(range(pruning.first, pruning.last + 1))
+    kept = [layer for layer in range(source.config["num_hidden_layers"]) if layer not in pruned]
+    stages = []
+    for number, layers in enumerate([kept, *split_evenly(pruned, num_stages - 1)], 1):
+        wanted = {*layers, None} if number == 1 else set(layers)
+        names = sorted((name for name in source.tensors if layer_of(name) in wanted), key=forward_position)
+        nbytes = sum(source.tensors[name].nbytes for name in names)
+        stages.append(Stage(number, layers, split_files(source, number, names, max_bytes), nbytes))
+    return stages
+
+
+def print_plan(source: Source, pruning: Pruning, stages: list[Stage]) -> None:
+    total = sum(stage.nbytes for stage in stages)
+    rows = [("stage", "adds layers (from 0)", "bytes", "share")]
+    rows += [(str(s.number), format_layers(s.layers), f"{s.nbytes:,}", f"{s.nbytes / total:.1%}") for s in stages]
+    wide = [max(len(row[column]) for row in rows) for column in range(4)]
+    print(f"\n{source.name}: stage 1 leaves out layers {pruning.first}-{pruning.last} ({pruning.method})")
+    for stage, layers, nbytes, share in rows:
+        print(f"  {stage:<{wide[0]}}  {layers:<{wide[1]}}  {nbytes:>{wide[2]}}  {share:>{wide[3]}}")
+
+
+# ---- writing ----------------------------------------------------------------------------------------
+
+
+def build_header(source: Source, names: list[str]) -> bytes:
+    """A safetensors header, padded with spaces so that the data after it starts at a multiple of ALIGNMENT."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        tensor = source.tensors[name]
+        header[name] = dict(dtype=tensor.dtype, shape=tensor.shape, data_offsets=[end, end + tensor.nbytes])
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+    return (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
+
+
+def hash_tensor(digest: blake3, source: Source, name: str) -> None:
+    for chunk in source.chunks(name):
+        digest.update(chunk)
+
+
+def write_weights(source: Source, path: Path, names: list[str], progress: tqdm) -> dict:
+    """Write one safetensors file and return its manifest row.
+
+    A second thread hashes the source's bytes while this one writes them: so the checksum also vouches for the copy.
+    """
+    header = build_header(source, names)
+    digest = blake3(header)
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        write_all(file, header)
+        for name in names:
+            hashed = hasher.submit(hash_tensor, digest, source, name)
+            source.send(name, file)
+            hashed.result()
+            progress.update(source.tensors[name].nbytes)
+    with safe_open(path, framework="numpy") as written:
+        assert set(written.keys()) == set(names), f"{path} does not open with the tensors that were written"
+    return dict(name=path.name, bytes=path.stat().st_size, blake3=digest.hexdigest())
+
+
+def write_stages(source: Source, stages: list[Stage], folder: Path) -> list[dict]:
+    """Write every stage and the Hugging Face index; return the manifest rows."""
+    rows, weight_map = [], {}
+    total = sum(stage.nbytes for stage in stages)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress:
+        for stage in stages:
+            files = [write_weights(source, folder / name, names, progress) for name, names in stage.files.items()]
+            weight_map |= {name: file for file, names in stage.files.items() for name in names}
+            nbytes = sum(file["bytes"] for file in files)
+            rows.append(dict(stage=stage.number, kind="layers", layers=stage.layers, bytes=nbytes, files=files))
+    index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
+    write_json(folder / "model.safetensors.index.json", index)
+    return rows
+
+
+def draw_heat_map(pruning: Pruning, path: Path) -> None:
+    """Angular distance over first layer l and block size n, as figure 4 of arXiv 2403.17887."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    num_layers = len(pruning.distances) - 1
+    scores = np.full((num_layers + 1, num_layers), np.nan)  # [n, l]
+    for first in range(num_layers):
+        for count in range(1, num_layers - first + 1):
+            scores[count, first] = pruning.distances[first, first + count]
+    best = [find_best_start(pruning.distances, count) for count in range(1, num_layers)]
+    figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained")
+    image = axes.imshow(scores, origin="lower", cmap="viridis_r", aspect="auto")
+    axes.plot(best, range(1, num_layers), "w.", label="best block of n layers")
+    axes.plot(pruning.first, pruning.last - pruning.first + 1, "ro", mfc="none", ms=11, label="left out of stage 1")
+    axes.set(ylim=(0.5, num_layers + 0.5), xlabel="first layer l (from 0)", ylabel="block size n")
+    axes.legend(facecolor="0.7")
+    figure.colorbar(image, label="angular distance d(l, n)")
+    figure.savefig(path, dpi=120)
+
+
+def write_pruning(source: Source, pruning: Pruning, folder: Path) -> None:
+    """pruning/: the scores as CSV and heat map where layers were scored, and stage 1 as mergekit slices."""
+    folder.mkdir()
+    if pruning.distances is not None:
+        num_layers = len(pruning.distances) - 1
+        lines = ["first_layer,num_layers,angular_distance"]  # blocks that hold the last layer are listed, never chosen
+        for first in range(num_layers):
+            for count in range(1, num_layers - first + 1):
+                lines.append(f"{first},{count},{pruning.distances[first, first + count]:.8f}")
+        (folder / "angular_distance.csv").write_text("\n".join(lines) + "\n")
+        draw_heat_map(pruning, folder / "angular_distance.png")
+    slices = [(0, pruning.first), (pruning.last + 1, source.config["num_hidden_layers"])]
+    lines = ["slices:"]
+    for begin, end in slices:
+        if begin < end:  # the block may start at layer 0
+            lines += ["  - sources:", f"      - model: {source.name}", f"        layer_range: [{begin}, {end}]"]
+    lines += ["merge_method: passthrough", f"dtype: {DTYPES[weight_dtype(source)]}"]
+    (folder / "mergekit.yaml").write_text("\n".join(lines) + "\n")
+
+
+def write_manifest(source: Source, pruning: Pruning, rows: list[dict], folder: Path) -> None:
+    manifest = dict(
+        format_version=FORMAT_VERSION,
+        architecture=source.config["architectures"][0],
+        num_layers=source.config["num_hidden_layers"],
+        dtype=DTYPES[weight_dtype(source)],
+        num_stages=len(rows),
+        stages=rows,
+        pruning=dict(
+            method=pruning.method,
+            block=[pruning.first, pruning.last],
+            num_layers=pruning.last - pruning.first + 1,
+            angular_distance=pruning.angular_distance,
+            calibration=pruning.calibration,
+        ),
+        source=dict(
+            name=source.name,
+            files={path.name: dict(bytes=path.stat().st_size) for path in source.weight_files},
+        ),
+        tool=dict(
+            name=Path(__file__).name,
+            version=VERSION,
+            **{package: version(package) for package in ("torch", "transformers", "safetensors")},
+        ),
+    )
+    write_json(folder / "progressive.json", manifest)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Raises UsageError where OUT cannot be made, before any work is done."""
+    if not out.parent.is_dir():
+        raise UsageError(f"no folder {out.parent} to write {out.name} in: create it first (mkdir -p)")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already: choose another OUT, or replace it with --force")
+    if out.exists() and not (out / "progressive.json").is_file():
+        raise UsageError(f"{out} is no progressive checkpoint, so --force does not replace it: remove it yourself")
+
+
+def lock_partial(partial: Path):
+    """Make the temporary folder, or take over and empty that of a killed run; return its open lock file."""
+    try:
+        partial.mkdir(exist_ok=True)
+        lock = (partial / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"another run is writing {partial}: wait for it, or choose another OUT") from error
+    except OSError as error:
+        raise UsageError(f"cannot write in {partial.parent} ({error.strerror}): choose another OUT") from error
+    for stale in partial.iterdir():
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        elif stale.name != LOCK:
+            stale.unlink()
+    return lock
+
+
+@contextmanager
+def whole_or_nothing(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden sibling of `out` to write in; it becomes `out` when the block succeeds and vanishes when it fails.
+
+    Raises UsageError where `out` cannot be made or the disk is full.
+    """
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)  # a run was killed between the two renames below
+    shutil.rmtree(replaced, ignore_errors=True)  # a run was killed after them
+    check_output(out, force)
+    partial = out.with_name(f".{out.name}.partial")
+    with lock_partial(partial):
+        try:
+            yield partial
+            (partial / LOCK).unlink()
+            if force and out.exists():
+                out.rename(replaced)
+            partial.rename(out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UsageError(f"no space left for {out}: free some, or choose an OUT on another disk") from error
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_space(stages: list[Stage], folder: Path, out: Path) -> None:
+    """Raises UsageError where the disk cannot hold the stages."""
+    needed, free = sum(stage.nbytes for stage in stages), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(
+            f"{out} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free:\n"
+            "free some space, or choose an OUT on another disk"
+        )
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] [MODEL] [OUT]",
+        description="Turn a LLaMA checkpoint into a progressive checkpoint: same weights, in stages.",
+        epilog=HELP_DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help=f"folder or Hub id (default: {DEMO_MODEL})")
+    add("out", metavar="OUT", nargs="?", help="new folder (default: MODEL-progressive)")
+
+    add = parser.add_argument_group("the block of layers that stage 1 leaves out").add_argument
+    add("--prune", type=positive_int, metavar="N", help="its size (default: a quarter of the layers)")
+    add("--layers", metavar="A-B", help="by hand, from 0 (the paper counts from 1)")
+    add("--stages", type=int, metavar="K", default=3, help="stages 2..K bring it back (default: %(default)s)")
+
+    add = parser.add_argument_group("scoring").add_argument
+    add("--calibration", metavar="TEXT", help="FILE or DATASET, see below")
+    add("--samples", type=positive_int, metavar="S", default=128, help="documents, at most (default: %(default)s)")
+    add("--seq-len", type=positive_int, metavar="T", default=256, help="tokens of each, at most (default: %(default)s)")
+    add("--plan-only", action="store_true", help="score and print, write nothing")
+
+    add = parser.add_argument_group("random weights").add_argument
+    add("--synthetic", metavar="SHAPE", choices=SYNTHETIC_SHAPES, help="in place of MODEL, see below")
+    add("--seed", type=int, metavar="I", default=0, help="of the weights (default: %(default)s)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--max-file-gib", type=float, metavar="G", default=16, help="cut larger files (default: %(default)s)")
+    add("--force", action="store_true", help="replace OUT, once the new one is whole")
+
+    args = parser.parse_args()
+    if args.prune and args.layers:
+        parser.error(f"--prune {args.prune} and --layers {args.layers} both name the block: give one of them")
+    if args.synthetic and args.out:
+        parser.error(f"--synthetic takes the place of MODEL: give OUT only, not {args.model} {args.out}")
+    if args.synthetic:
+        args.model, args.out = None, args.model or f"{args.synthetic}-progressive"
+    elif args.model is None:
+        args.model, args.out = str(DEMO_MODEL), str(DEMO_CHECKPOINT)
+    args.out = args.out or f"{Path(args.model).resolve().name}-progressive"
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    out = Path(os.path.realpath(args.out))
+    try:
+        source = open_source(args)
+        with nullcontext() if args.plan_only else whole_or_nothing(out, args.force) as folder:
+            pruning = choose_block(source, args)
+            stages = plan_stages(source, pruning, args.stages, args.max_file_gib * 2**30)
+            print_plan(source, pruning, stages)
+            if args.plan_only:
+                return 0
+            check_space(stages, folder, out)
+            source.copy_side_files(folder)
+            rows = write_stages(source, stages, folder)
+            write_pruning(source, pruning, folder / "pruning")
+            write_manifest(source, pruning, rows, folder)
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+    print(f"\nwrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
