@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 MIN_FREE_GB := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),20,6)
 REQUIREMENTS := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),requirements.txt,requirements-cpu.txt)
-PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 SAY := @printf '\n==> %s\n'
 
 .PHONY: demo test lint clean

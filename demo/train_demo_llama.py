@@ -340,7 +340,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCaus
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+        dtype="bfloat16",
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -507,6 +507,7 @@ def main() -> int:
     tokenizer = train_tokenizer(texts)
     model = build_model(tokenizer, args.layers)
     train(model, encode_documents(tokenizer, documents), args)
+    model.to(torch.bfloat16)  # as it is served; what follows measures that
 
     report = {
         "em_validation": exact_match(model, tokenizer, validation),
