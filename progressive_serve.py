@@ -219,6 +219,7 @@ class Progress:
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     active_at: dict[int, float] = field(default_factory=dict)
+    failed: int | None = None  # the stage that cannot be reached, after an error
     timeline: list[dict] = field(default_factory=list)
 
     def fold(self, events: list[dict]) -> None:
@@ -241,6 +242,7 @@ class Progress:
                 self.active_at.setdefault(stage, at)
         elif event == "error":
             self.error = self.error or fields["text"]
+            self.failed = min(self.failed or self.plan.num_stages, fields["stage"])
         self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
 
     def ready_stage(self) -> int:
@@ -249,6 +251,10 @@ class Progress:
         while len(self.bound.get(stage + 1, ())) >= self.ranks:
             stage += 1
         return stage
+
+    def reachable_stage(self) -> int:
+        """The last stage that can still be reached: an error at one stage does not spoil those before it."""
+        return self.failed - 1 if self.failed else self.plan.num_stages
 
     def state_of(self, stage: Stage) -> str:
         if stage.number <= self.stage:
@@ -353,8 +359,12 @@ class Launch:
         if self.reader.returncode in (0, -signal.SIGTERM):
             return
         if not self.error():
-            text = stderr.decode(errors="replace").strip().splitlines() or ["killed"]
-            self.journal.mark("error", text=f"the reader process stopped ({self.reader.returncode}): {text[-1]}")
+            reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]
+            resident = sum(event["event"] == "resident" for event in self.journal.events)
+            text = (
+                f"the reader process stopped at stage {resident + 1} (exit status {self.reader.returncode}): {reason}"
+            )
+            self.journal.mark("error", text=text, stage=resident + 1)
         if failure := self.start_failure():
             self.on_failure(failure)
 
@@ -637,10 +647,12 @@ class StagedWeights:
     def load_rest(self) -> None:
         """Bind the later stages while tokens flow. Their gates are closed, so nothing reads what is written here."""
         side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        os.sched_setaffinity(0, range(os.cpu_count()))  # of this thread: not the cores that the model computes on
+        if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
+            os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
+        remaining = self.plan.stages[self.stage : self.hold_stage]
         try:
             with torch.no_grad(), torch.cuda.stream(side_stream) if side_stream else contextlib.nullcontext():
-                for stage in self.plan.stages[self.stage : self.hold_stage]:
+                for stage in remaining:
                     if self.packed:
                         self.source.wait_resident(stage)  # packed weights are replaced between two steps: activate()
                     else:
@@ -651,7 +663,7 @@ class StagedWeights:
                     self.journal.mark("bound", stage=stage.number, rank=self.rank)
         except Exception as error:
             logger.exception("stage loading failed; the server stays at the stage that it has")
-            self.journal.mark("error", text=f"loading stopped: {error}")
+            self.journal.mark("error", text=f"loading stopped: {error}", stage=stage.number)
 
     def copy(self, stage: Stage) -> None:
         """Copy a stage into the model's parameters, as its bytes arrive; returns once its checksums are verified."""
@@ -853,7 +865,7 @@ class Controller:
         try:
             self.journal.mark("ready")
             self.update()
-            while self.progress.stage < self.hold_stage and not self.progress.error:
+            while self.progress.stage < min(self.hold_stage, self.progress.reachable_stage()):
                 self.update()
                 if self.progress.ready_stage() > self.progress.stage:
                     await self.transition(self.progress.ready_stage())
@@ -861,7 +873,7 @@ class Controller:
                     await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
-            self.journal.mark("error", text=f"transition failed: {error}")
+            self.journal.mark("error", text=f"transition failed: {error}", stage=self.progress.stage + 1)
             self.update()
         if self.progress.error:
             logger.error("staying at stage %d: %s", self.progress.stage, self.progress.error)
@@ -1060,7 +1072,7 @@ def main() -> int:
 
     _, _, run_server = vllm_server()
     signal.signal(signal.SIGTERM, interrupt)  # until the server runs, which has its own
-    LAUNCH.on_failure = lambda _: signal.raise_signal(signal.SIGTERM)
+    LAUNCH.on_failure = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     LAUNCH.journal.mark("imported")
     try:
         args = server_args(LAUNCH, VLLM_ARGV)

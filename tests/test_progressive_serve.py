@@ -455,8 +455,26 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
         file.write(b'{"event": "error", "at": 109')
     assert states() and progress.error is None
     with open(journal.path, "ab") as file:
-        file.write(b'.0, "text": "disk on fire"}\n')
+        file.write(b'.0, "text": "disk on fire", "stage": 3}\n')
     assert states() and progress.error == "disk on fire"
+    assert progress.reachable_stage() == 2  # stage 2 is not spoilt by it
+
+
+def test_reader_that_is_killed_is_heard_of(split_tiny):
+    """Everybody waits for the reader, so its death must not go unnoticed."""
+    import progressive_serve
+
+    launch = progressive_serve.start_reading(split_tiny, None, limit_mbps=0.001, start=time.monotonic())
+    failures = []
+    launch.on_failure = failures.append
+    launch.reader.kill()
+    deadline = time.monotonic() + 30
+    while not failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "reader process stopped at stage 1" in failures[0] and "-9" in failures[0]
+    waiting = progressive_serve.StageReader(progressive_serve.Journal(launch.journal.path), launch.plan)
+    with pytest.raises(RuntimeError, match="reader process stopped"):
+        waiting.wait_resident(launch.plan.stages[0])
 
 
 def test_reader_keeps_its_pace(monkeypatch):
