@@ -14,6 +14,7 @@ Commands:
     python bench_coldstart.py                                   # both modes on demo/checkpoint, 3 trials each
     python bench_coldstart.py --mode progressive
     python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096"
+    python bench_coldstart.py --checkpoint CKPT --read-mbps 100 # as on a cloud volume (root)
 
 Output: a table, and one JSON file with `summary` (medians) and `trials` (raw samples, timelines, answers), the
 arguments, versions, machine and commit.
@@ -93,6 +94,17 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
+def provenance(args: argparse.Namespace) -> dict:
+    """What a result was made with: arguments, versions, machine, commit, date."""
+    return {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
 # ---- cold: the page cache of the checkpoint ---------------------------------------------------------
 
 
@@ -157,6 +169,52 @@ def stop(server: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+
+
+# ---- slow storage: the kernel's block-I/O controller ------------------------------------------------
+
+
+def block_device(checkpoint: Path) -> str:
+    """MAJOR:MINOR of the whole disk that the checkpoint lies on. Raises UsageError where there is none."""
+    number = os.stat(checkpoint).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not device.exists():
+        raise UsageError(f"{checkpoint} is not on a block device, so --read-mbps cannot slow it down: put it on a disk")
+    if (device / "partition").exists():
+        device = device.resolve().parent
+    return (device / "dev").read_text().strip()
+
+
+@contextlib.contextmanager
+def read_limit(checkpoint: Path, mbps: float):
+    """A control group whose processes read the checkpoint's disk at `mbps` MB/s; yields its cgroup.procs.
+
+    Holds for every loader alike: it is the kernel that waits, whoever reads. cgroup v1 (blkio) or v2 (io); needs root.
+    """
+    v1, v2 = Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup")
+    group = (v1 if v1.is_dir() else v2) / f"bench-coldstart-{os.getpid()}"
+    limit, device = int(mbps * 1e6), block_device(checkpoint)
+    try:
+        if not v1.is_dir():
+            (v2 / "cgroup.subtree_control").write_text("+io")
+        group.mkdir()
+        if v1.is_dir():
+            (group / "blkio.throttle.read_bps_device").write_text(f"{device} {limit}")
+        else:
+            (group / "io.max").write_text(f"{device} rbps={limit}")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        raise UsageError(
+            f"--read-mbps {mbps:g}: the block-I/O controller cannot be set up ({error})\n"
+            "it needs root and a writable cgroup v1 blkio or v2 io controller; run without --read-mbps otherwise"
+        ) from error
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        while (group / "cgroup.procs").read_text():  # of killed processes that the kernel has not buried yet
+            time.sleep(POLL_SECONDS)
+        group.rmdir()
 
 
 # ---- one trial --------------------------------------------------------------------------------------
@@ -227,11 +285,13 @@ def follow_stages(server: subprocess.Popen, spawned: float, url: str, prompt: st
         time.sleep(POLL_SECONDS)
 
 
-def run_trial(mode: str, args: argparse.Namespace, log_path: Path) -> dict:
+def run_trial(mode: str, args: argparse.Namespace, procs: Path | None, log_path: Path) -> dict:
     """One start of one server. Returns the trial's row of the result file; times in seconds since the spawn."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
+    if procs:  # join the control group first, and become the server
+        command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
     with trial_server(command, args.checkpoint, args.drop_cache, log_path) as (server, spawned):
         token_at, answer, stage = first_answer(server, spawned, url, args.prompt)
         row = {"mode": mode, "cold": args.drop_cache, "ttft": token_at - spawned, "answer": answer, "command": command}
@@ -266,16 +326,15 @@ def summarise(trials: list[dict]) -> dict:
 
 
 def print_table(trials: list[dict], summary: dict) -> None:
+    """TTFT of every mode; for the last progressive trial, when each stage was active and what it answered."""
     print(f"\n{'mode':<12} {'trials':>6} {'TTFT s, median':>15}   all samples")
     for mode in (mode for mode in summary if mode != "ttft_ratio"):
         samples = " ".join(f"{trial['ttft']:.2f}" for trial in trials if trial["mode"] == mode)
         print(f"{mode:<12} {summary[mode]['trials']:>6} {summary[mode]['ttft']:>15.2f}   {samples}")
     if "ttft_ratio" in summary:
         print(f"TTFT progressive / baseline: {summary['ttft_ratio']:.2f}")
-    for trial in trials:
-        if trial["mode"] == "baseline":
-            print(f"\nbaseline answers {trial['answer'].strip()!r}")
-            break
+    for trial in [trial for trial in trials if trial["mode"] == "baseline"][-1:]:
+        print(f"\nbaseline answers {trial['answer'].strip()!r}")
     for trial in [trial for trial in trials if trial["mode"] == "progressive"][-1:]:
         print("\nprogressive, last trial: when each stage was active, and what it answered")
         answers = {row["stage"]: row["answer"].strip() for row in trial["answers"]}
@@ -313,6 +372,13 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="drop the checkpoint from the page cache, and check it, before each trial (default: yes)",
     )
+    group.add_argument(
+        "--read-mbps",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="slow the disk down to X MB/s for every server alike (kernel's block-I/O controller; needs root)",
+    )
     group = parser.add_argument_group("servers")
     group.add_argument(
         "--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode alike (default: "{SERVER_ARGS}")'
@@ -342,6 +408,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     trials: list[dict] = []
+    made_with = provenance(args)
     log_path = Path(tempfile.mkdtemp(prefix="bench-coldstart-")) / "server.log"
     try:
         read_manifest(args.checkpoint)
@@ -349,10 +416,12 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         modes = MODES[args.mode]
         order = [mode for trial in range(args.trials) for mode in (modes if trial % 2 == 0 else modes[::-1])]
-        for mode in (bar := tqdm(order, desc="trials", unit="start")):
-            bar.set_postfix_str(f"{mode} is starting")
-            trials.append(run_trial(mode, args, log_path))
-            tqdm.write(f"{mode}: first token after {trials[-1]['ttft']:.2f} s")
+        limit = read_limit(args.checkpoint, args.read_mbps) if args.read_mbps else contextlib.nullcontext()
+        with limit as procs:
+            for mode in (bar := tqdm(order, desc="trials", unit="start")):
+                bar.set_postfix_str(f"{mode} is starting")
+                trials.append(run_trial(mode, args, procs, log_path))
+                tqdm.write(f"{mode}: first token after {trials[-1]['ttft']:.2f} s")
     except UsageError as error:
         print(f"bench_coldstart.py: error: {error}", file=sys.stderr)
         return 2
@@ -361,16 +430,7 @@ def main() -> int:
         print(f"{tail}\nbench_coldstart.py: error: {error}; its log: {log_path}", file=sys.stderr)
         return 1
     summary = summarise(trials)
-    result = {
-        "summary": summary,
-        "trials": trials,
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "versions": versions(),
-        "machine": machine(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    args.json.write_text(json.dumps({"summary": summary, "trials": trials, **made_with}, indent=1) + "\n")
     print_table(trials, summary)
     print(f"\nraw samples: {args.json}")
     shutil.rmtree(log_path.parent)
