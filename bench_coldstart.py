@@ -290,11 +290,12 @@ def run_trial(mode: str, args: argparse.Namespace, procs: Path | None, log_path:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
+    shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
     if procs:  # join the control group first, and become the server
         command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
     with trial_server(command, args.checkpoint, args.drop_cache, log_path) as (server, spawned):
         token_at, answer, stage = first_answer(server, spawned, url, args.prompt)
-        row = {"mode": mode, "cold": args.drop_cache, "ttft": token_at - spawned, "answer": answer, "command": command}
+        row = {"mode": mode, "cold": args.drop_cache, "ttft": token_at - spawned, "answer": answer, "command": shown}
         if mode == "progressive":
             first = {"stage": int(stage), "asked": token_at - spawned, "answer": answer}
             row["answers"], progress = follow_stages(server, spawned, url, args.prompt, first)
