@@ -63,7 +63,7 @@ FORMAT_VERSION = 1  # of progressive.json
 NAME = Path(__file__).name
 MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
-VLLM_VERSIONS = ((0, 26), (0, 32))  # first and last release that this file was run with
+VLLM_VERSIONS = {"cpu": ((0, 32), (0, 32)), "cuda": ((0, 26), (0, 32))}  # first and last release supported
 READ_CHUNK = 8 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
@@ -1000,11 +1000,16 @@ def load_llm(checkpoint: str | Path, *, hold_stage: int | None = None, start_sta
 
 
 def check_vllm() -> None:
-    """Raises UsageError for a vLLM release that this file was never run with."""
+    """Raises UsageError for a vLLM release or a platform that this file does not support."""
+    platform = current_platform.device_type
+    if platform not in VLLM_VERSIONS:
+        raise UsageError(f"vLLM runs on {platform} here; supported are {' and '.join(VLLM_VERSIONS)}")
+    first, last = (".".join(map(str, bound)) for bound in VLLM_VERSIONS[platform])
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    first, last = (".".join(map(str, bound)) for bound in VLLM_VERSIONS)
-    if not VLLM_VERSIONS[0] <= version <= VLLM_VERSIONS[1]:
-        raise UsageError(f"vLLM {vllm.__version__} is installed; supported are {first} to {last}: see requirements.txt")
+    if not VLLM_VERSIONS[platform][0] <= version <= VLLM_VERSIONS[platform][1]:
+        raise UsageError(
+            f"vLLM {vllm.__version__} is installed; on {platform}, {first} to {last} are supported: see requirements"
+        )
 
 
 def engine_options(launch: Launch, start_stage: int | None = None) -> dict:

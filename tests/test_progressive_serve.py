@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -410,7 +411,12 @@ def test_unsupported_vllm_is_named(monkeypatch):
     import progressive_serve
 
     monkeypatch.setattr(progressive_serve.vllm, "__version__", "0.9.1")
-    with pytest.raises(progressive_serve.UsageError, match=r"0\.9\.1.*0\.26 to 0\.32"):
+    for platform, supported in (("cpu", r"0\.32 to 0\.32"), ("cuda", r"0\.26 to 0\.32")):
+        monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type=platform))
+        with pytest.raises(progressive_serve.UsageError, match=r"0\.9\.1.*" + supported):
+            progressive_serve.check_vllm()
+    monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type="tpu"))
+    with pytest.raises(progressive_serve.UsageError, match="tpu"):
         progressive_serve.check_vllm()
 
 
