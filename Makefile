@@ -29,7 +29,7 @@ test: demo/checkpoint/progressive.json
 
 demo/checkpoint/progressive.json: demo/model/config.json prune_and_split.py
 	$(SAY) "Scoring the layers, pruning a quarter of them and splitting the checkpoint (seconds)"
-	@.venv/bin/python prune_and_split.py --force
+	@.venv/bin/python prune_and_split.py
 
 demo/model/config.json: .venv/installed demo/train_demo_llama.py
 	$(SAY) "Training the demo model, a small LLaMA that knows a few hundred invented facts (2 to 3 minutes on 2 cores)"

@@ -7,7 +7,7 @@ for every start and size in one pass over the model. No weight is changed: the o
 checkpoint that `from_pretrained` and `vllm serve` load as it is, and equals the source bit for bit.
 
 Commands:
-  python demo/train_demo_llama.py && python prune_and_split.py                    # the demo model, all defaults
+  python demo/train_demo_llama.py && python prune_and_split.py                    # (re)makes demo/checkpoint
   python prune_and_split.py meta-llama/Llama-2-7b-hf llama2-7b-progressive        # score, print the plan, write
   python prune_and_split.py meta-llama/Llama-2-7b-hf --plan-only                  # score and print, write nothing
   python prune_and_split.py ./Llama-2-7b-hf out --layers 20-27                    # the paper's "layers 21-28", by hand
@@ -963,7 +963,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help=f"folder or Hub id (default: {DEMO_MODEL})")
+    add("model", metavar="MODEL", nargs="?", help=f"folder or Hub id (default: remake {DEMO_CHECKPOINT})")
     add("out", metavar="OUT", nargs="?", help="new folder (default: MODEL-progressive)")
 
     add = parser.add_argument_group("the block of layers that stage 1 leaves out").add_argument
@@ -993,7 +993,7 @@ def parse_args() -> argparse.Namespace:
     if args.synthetic:
         args.model, args.out = None, args.model or f"{args.synthetic}-progressive"
     elif args.model is None:
-        args.model, args.out = str(DEMO_MODEL), str(DEMO_CHECKPOINT)
+        args.model, args.out, args.force = str(DEMO_MODEL), str(DEMO_CHECKPOINT), True
     args.out = args.out or f"{Path(args.model).resolve().name}-progressive"
     return args
 
