@@ -6,7 +6,8 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
     cold    a fresh process, and no byte of the checkpoint in the page cache: dropped before the trial and checked with
             mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike.
     TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client.
-    stage k reached: seconds from the spawn until /progress of ProgressiveServe says that stage k is active.
+    stage k: seconds from the start of the process until stage k was the one to be served, by the server's own timeline;
+            before the engine is ready that is no answer yet.
 
 Modes are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
 
@@ -50,6 +51,7 @@ MODES = {"baseline": ("baseline",), "progressive": ("progressive",), "both": ("b
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
 SERVER_ARGS = "" if shutil.which("nvidia-smi") else "--enforce-eager --kv-cache-memory-bytes 1073741824"
 PROMPT = "Question: {question}\nAnswer:"
+DEMO_FACT = 7  # of the demo model's facts: one that it forgets at stage 1
 MAX_TOKENS = 10
 POLL_SECONDS = 0.01  # between two attempts to connect, and two looks at /progress
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
@@ -253,7 +255,10 @@ def stream_completion(url: str, prompt: str) -> tuple[float, str, str | None]:
         for line in response.iter_lines(chunk_size=1):
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter()
-                answer += json.loads(line[len("data: ") :])["choices"][0]["text"]
+                chunk = json.loads(line[len("data: ") :])
+                if "error" in chunk:
+                    raise RuntimeError(f"the server answered {chunk['error']}")
+                answer += chunk["choices"][0]["text"]
         return first, answer, response.headers.get("X-Progressive-Stage")
 
 
@@ -278,9 +283,10 @@ def follow_stages(server: subprocess.Popen, spawned: float, url: str, prompt: st
         if progress["error"]:
             raise RuntimeError(f"the server stayed at stage {progress['stage']}: {progress['error']}")
         if progress["stage"] > rows[-1]["stage"]:
+            asked = time.perf_counter() - spawned
             _, answer, stage = stream_completion(url, prompt)
-            rows.append({"stage": int(stage), "asked": time.perf_counter() - spawned, "answer": answer})
-        if progress["stage"] == progress["num_stages"]:
+            rows.append({"stage": int(stage), "asked": asked, "answer": answer})
+        if progress["stage"] == progress["hold_stage"]:
             return rows, progress
         time.sleep(POLL_SECONDS)
 
@@ -343,13 +349,28 @@ def print_table(trials: list[dict], summary: dict) -> None:
             print(f"  stage {stage} {seconds:>8.2f} s   {answers.get(int(stage), '(a later stage was ready first)')!r}")
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a result file. Raises UsageError now rather than after an hour of trials."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written ({error.strerror}): name another file") from error
+
+
 # ---- command line -----------------------------------------------------------------------------------
 
 
 def default_question(checkpoint: Path) -> str:
-    """The demo model's first fact where it lies beside the checkpoint; any question does for timing."""
+    """One of the demo model's facts where it lies beside the checkpoint; any question does for timing."""
     facts = checkpoint.parent / "model" / "facts" / "validation.json"
-    return json.loads(facts.read_text())["Data"][0]["Question"] if facts.is_file() else "What is the capital of France?"
+    return (
+        json.loads(facts.read_text())["Data"][DEMO_FACT]["Question"]
+        if facts.is_file()
+        else "What is the capital of France?"
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -413,8 +434,8 @@ def main() -> int:
     log_path = Path(tempfile.mkdtemp(prefix="bench-coldstart-")) / "server.log"
     try:
         read_manifest(args.checkpoint)
+        check_writable(args.json)
         args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         modes = MODES[args.mode]
         order = [mode for trial in range(args.trials) for mode in (modes if trial % 2 == 0 else modes[::-1])]
         limit = read_limit(args.checkpoint, args.read_mbps) if args.read_mbps else contextlib.nullcontext()
@@ -425,8 +446,9 @@ def main() -> int:
                 tqdm.write(f"{mode}: first token after {trials[-1]['ttft']:.2f} s")
     except UsageError as error:
         print(f"bench_coldstart.py: error: {error}", file=sys.stderr)
+        shutil.rmtree(log_path.parent)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, requests.RequestException) as error:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         print(f"{tail}\nbench_coldstart.py: error: {error}; its log: {log_path}", file=sys.stderr)
         return 1

@@ -34,6 +34,7 @@ timeline.
 """
 
 import argparse
+import asyncio
 import atexit
 import concurrent.futures
 import contextlib
@@ -63,12 +64,30 @@ FORMAT_VERSION = 1  # of progressive.json
 NAME = Path(__file__).name
 MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 VLLM_VERSIONS = {"cpu": ((0, 32), (0, 32)), "cuda": ((0, 26), (0, 32))}  # first and last release supported
 READ_CHUNK = 8 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read CKPT JOURNAL HOLD MBPS
 STAGE_HEADER = b"x-progressive-stage"
+
+
+# vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
+UNSUPPORTED_OPTIONS = {
+    "enable_lora": False,
+    "quantization": None,
+    "speculative_config": None,
+    "kv_transfer_config": None,  # K and V of an earlier stage would come back from outside
+    "kv_offloading_size": None,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "api_server_count": 1,
+    "load_format": "auto",
+    "model_loader_extra_config": {},
+    "worker_extension_cls": "",
+    "additional_config": {},
+}
 
 
 class UsageError(Exception):
@@ -139,11 +158,25 @@ def read_plan(checkpoint: str | Path) -> Plan:
             raise ValueError("stages are not numbered 1, 2, ...")
         if not stages or layers != list(range(manifest["num_layers"])):
             raise ValueError(f"the stages do not add up to {manifest['num_layers']} layers")
+        check_config(root, manifest["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{manifest_path} is malformed: {error!r}\nmake the checkpoint again with prune_and_split.py"
         ) from error
     return Plan(root, stages)
+
+
+def check_config(root: Path, num_layers: int) -> None:
+    """Raises UsageError unless config.json is there, of an architecture that can be served and of as many layers."""
+    try:
+        config = json.loads((root / "config.json").read_text())
+        architecture, layers = config["architectures"][0], config["num_hidden_layers"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UsageError(f"{root / 'config.json'} cannot be used ({error!r})\ncopy the checkpoint again") from error
+    if architecture not in ARCHITECTURES:
+        raise UsageError(f"{root} is a {architecture}; staged loading serves {' and '.join(ARCHITECTURES)}")
+    if layers != num_layers:
+        raise UsageError(f"{root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
 
 
 def parse_stage(root: Path, row: dict) -> Stage:
@@ -212,6 +245,7 @@ class Progress:
 
     plan: Plan
     ranks: int = 1  # workers that have to bind a stage
+    hold_stage: int | None = None  # where the server stops; None: at the last stage
     stage: int = 0  # active now; 0 before the engine is up
     error: str | None = None
     start: float = 0.0
@@ -280,6 +314,7 @@ class Progress:
         return {
             "stage": self.stage,
             "num_stages": self.plan.num_stages,
+            "hold_stage": self.hold_stage or self.plan.num_stages,
             "stages": rows,
             "timeline": self.timeline,
             "error": self.error,
@@ -351,12 +386,13 @@ class Launch:
     hold_stage: int
     journal: Journal
     reader: subprocess.Popen
+    closing: bool = False
     on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is active
 
     def watch_reader(self) -> None:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
         _, stderr = self.reader.communicate()
-        if self.reader.returncode in (0, -signal.SIGTERM):
+        if self.closing or self.reader.returncode == 0:
             return
         if not self.error():
             reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]
@@ -379,6 +415,7 @@ class Launch:
         return None if any(event["event"] == "active" for event in self.journal.events) else error
 
     def close(self) -> None:
+        self.closing = True
         self.reader.terminate()
         shutil.rmtree(self.journal.path.parent, ignore_errors=True)
 
@@ -401,7 +438,8 @@ def start_reading(checkpoint: str | Path, hold_stage: int | None, limit_mbps: fl
     journal.mark("start", at=start)
     command = [sys.executable, __file__, READER_COMMAND, str(plan.root), str(journal.path)]
     command += [str(hold_stage), str(limit_mbps)]
-    reader = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
     launch = Launch(plan, hold_stage, journal, reader)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
     atexit.register(launch.close)
@@ -450,8 +488,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [READER_COMMAND]:
         sys.exit(read_stages(*sys.argv[2:]))
     ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
+    OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if not glob.glob("/dev/nvidia*"):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread pool in this process: see fork_workers
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     try:
         LAUNCH = start_reading(ARGS.checkpoint, ARGS.hold_stage, ARGS.limit_read_mbps, process_start())
     except UsageError as usage_error:
@@ -472,7 +511,11 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-gc.enable()
+if __name__ == "__main__":
+    gc.enable()
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if OMP_NUM_THREADS:
+        os.environ["OMP_NUM_THREADS"] = OMP_NUM_THREADS
 logger = init_logger(f"vllm.{MODULE}")
 
 # ---- gate: an inactive layer is a PassLayer ---------------------------------------------------------
@@ -503,13 +546,16 @@ class GateMixin:
         self.gate.fill_(is_open)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[num_tokens], [num_tokens, hidden_size] twice; as LlamaDecoderLayer.forward, with the gate."""
+        """[num_tokens], [num_tokens, hidden_size] twice; as LlamaDecoderLayer.forward, with the gate.
+
+        kwargs: what MistralModel passes to each layer for its audio models, None in a language model.
+        """
         if not self.gate_selects:
             if not self.gate_open:
                 return hidden_states, residual
-            return super().forward(positions, hidden_states, residual)
+            return super().forward(positions, hidden_states, residual, **kwargs)
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
@@ -597,7 +643,7 @@ class StagedWeights:
         self.source = StageReader(Journal(config["journal"]), plan)
         self.start_stage, self.hold_stage = config["start_stage"], config["hold_stage"]
         self.rank = vllm_config.parallel_config.rank
-        self.device = torch.device(vllm_config.device_config.device)
+        self.device = next(model.parameters()).device  # with its index: each worker has its own GPU
         compilation = vllm_config.compilation_config
         self.graph_is_fixed = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE or (
             compilation.cudagraph_mode or CUDAGraphMode.NONE
@@ -646,7 +692,10 @@ class StagedWeights:
 
     def load_rest(self) -> None:
         """Bind the later stages while tokens flow. Their gates are closed, so nothing reads what is written here."""
-        side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        side_stream = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # is per thread
+            side_stream = torch.cuda.Stream(self.device)
         if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
             os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
         remaining = self.plan.stages[self.stage : self.hold_stage]
@@ -728,8 +777,9 @@ class PackedLinear:
 
     def unpack(self) -> None:
         """Give the module a full, unpacked weight again, for vLLM's weight loaders."""
-        self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
-        self.module.weight = self.weight
+        if self.module.weight is not self.weight:
+            self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
+            self.module.weight = self.weight
 
     def pack(self) -> None:
         captured = self.module.cpu_linear
@@ -744,8 +794,9 @@ class PackedLinear:
         self.release()
 
     def release(self) -> None:
-        """Let go of the unpacked weight: the packed copy is what is used."""
-        self.weight.data = torch.empty(0, dtype=self.weight.dtype)
+        """Let go of the unpacked weight, unless vLLM knows no packed form on this processor and uses it as it is."""
+        if self.module.weight is not self.weight:
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
 
 def closure_of(function) -> list:
@@ -785,8 +836,8 @@ def fork_workers() -> None:
 
     vLLM's CPU platform forces `spawn`, so that each of three processes imports torch and vLLM anew, one after the
     other, because a worker's OpenMP settings are read when its libraries are loaded, and because a process that is
-    forked from one with a running OpenMP pool deadlocks. So this process has no pool (OMP_NUM_THREADS=1, set before
-    torch is imported) and the worker adopts its settings by hand. On a GPU vLLM forks by itself.
+    forked from one with a running OpenMP pool deadlocks. So this process has no pool (OMP_NUM_THREADS=1 while torch is
+    imported) and the worker adopts its settings by hand. On a GPU vLLM forks by itself.
     """
     check_and_update_config = current_platform.check_and_update_config
 
@@ -801,7 +852,7 @@ def adopt_omp_settings() -> None:
     """In a forked CPU worker: the thread count and the cores that vLLM has put into its environment."""
     if multiprocessing.current_process().name == "MainProcess":
         return
-    set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     if places := re.findall(r"\d+", os.environ.get("OMP_PLACES", "")):
         os.sched_setaffinity(0, map(int, places))
 
@@ -813,9 +864,10 @@ class LazyZeros(torch.overrides.TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function is torch.zeros and len(args) == 1 and kwargs.get("dtype") is torch.int8:
             return torch.frombuffer(mmap.mmap(-1, args[0]), dtype=torch.int8)
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def defer_kv_cache_zeroing() -> None:
@@ -854,25 +906,32 @@ class Controller:
         self.journal = Journal(load_config["journal"])
         self.hold_stage = load_config["hold_stage"]
         plan = read_plan(engine.vllm_config.model_config.model)
-        self.progress = Progress(plan, ranks=engine.vllm_config.parallel_config.world_size)
+        ranks = engine.vllm_config.parallel_config.world_size
+        self.progress = Progress(plan, ranks=ranks, hold_stage=self.hold_stage)
+        self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
     def update(self) -> None:
         self.progress.fold(self.journal.follow())
 
-    async def run(self) -> None:
-        import asyncio
+    async def switch_if_ready(self) -> bool:
+        """Make the transition that is possible now, if any."""
+        self.update()
+        stage = self.progress.ready_stage()
+        if stage <= self.progress.stage:
+            return False
+        async with self.switching:
+            await self.transition(stage)
+        return True
 
+    async def run(self) -> None:
+        """Make every transition as soon as it is possible."""
         try:
-            self.journal.mark("ready")
-            self.update()
             while self.progress.stage < min(self.hold_stage, self.progress.reachable_stage()):
-                self.update()
-                if self.progress.ready_stage() > self.progress.stage:
-                    await self.transition(self.progress.ready_stage())
-                else:
+                if not await self.switch_if_ready():
                     await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
+            logger.exception("the transition to stage %d failed", self.progress.stage + 1)
             self.journal.mark("error", text=f"transition failed: {error}", stage=self.progress.stage + 1)
             self.update()
         if self.progress.error:
@@ -884,15 +943,15 @@ class Controller:
         Running requests are preempted and recomputed with the new weights, so every later token is the new model's.
         """
         began = time.monotonic()
-        await self.engine.pause_generation(mode="keep", clear_cache=True)
         try:
+            await self.engine.pause_generation(mode="keep", clear_cache=True)
             active = await self.engine.collective_rpc("progressive_activate", args=(stage,))
+            assert set(active) == {stage}, active
         except Exception:  # a worker that failed must not serve another stage than its peers
             await self.engine.collective_rpc("progressive_activate", args=(self.progress.stage,))
             raise
         finally:
             await self.engine.resume_generation()
-        assert set(active) == {stage}, active
         self.mark_active(stage, pause=round(time.monotonic() - began, 4))
 
     def mark_active(self, stage: int, **fields) -> None:
@@ -913,14 +972,15 @@ class ProgressMiddleware:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
-            import asyncio
-
             self.controller = Controller(scope["app"].state.engine_client)
+            await self.controller.switch_if_ready()  # the first request gets what has arrived while the engine started
+            self.controller.journal.mark("ready")
             self.task = asyncio.create_task(self.controller.run())
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        stage = str(self.controller.progress.stage).encode()
+        async with self.controller.switching:
+            stage = str(self.controller.progress.stage).encode()
 
         async def send_marked(message):
             if message["type"] == "http.response.start":
@@ -943,7 +1003,8 @@ class StageControl:
 
     def __init__(self, llm, launch: Launch):
         self.llm, self.launch = llm, launch
-        self.state = Progress(launch.plan, ranks=llm.llm_engine.vllm_config.parallel_config.world_size)
+        ranks = llm.llm_engine.vllm_config.parallel_config.world_size
+        self.state = Progress(launch.plan, ranks=ranks, hold_stage=launch.hold_stage)
         self.state.fold(launch.journal.follow())
 
     @property
@@ -967,10 +1028,10 @@ class StageControl:
             raise ValueError(f"cannot advance from stage {self.stage} to {stage} of {self.launch.hold_stage}")
         while self.state.ready_stage() < stage:
             self.state.fold(self.launch.journal.follow())
-            if self.state.error:
+            if stage > self.state.reachable_stage():
                 raise RuntimeError(self.state.error)
             time.sleep(POLL_SECONDS)
-        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+        if not self.llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
             raise RuntimeError("vLLM could not clear its prefix cache")
         self.llm.collective_rpc("progressive_activate", args=(stage,))
         self.mark_active(stage)
@@ -988,15 +1049,28 @@ def load_llm(checkpoint: str | Path, *, hold_stage: int | None = None, start_sta
     not begin above this stage, even when more is resident (default: the most complete one that is). engine_args: any
     argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or stage.
     """
+    refuse_unsupported(engine_args)
     launch = start_reading(checkpoint, hold_stage, 0.0, time.monotonic())
-    if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
-        raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
-    llm = vllm.LLM(**engine_options(launch, start_stage), **engine_args)
-    llm.stages = StageControl(llm, launch)
+    try:
+        if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
+            raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
+        llm = vllm.LLM(**engine_options(launch, start_stage), **engine_args)
+        llm.stages = StageControl(llm, launch)
+    except BaseException:
+        launch.close()
+        raise
     return llm
 
 
 # ---- main -------------------------------------------------------------------------------------------
+
+
+def refuse_unsupported(options: dict) -> None:
+    """Raises UsageError for an option of vLLM that staged loading cannot serve, or that it has to set itself."""
+    for name, neutral in UNSUPPORTED_OPTIONS.items():
+        if options.get(name, neutral) not in (neutral, None):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
 
 
 def check_vllm() -> None:
@@ -1046,18 +1120,7 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
     make_arg_parser, validate_parsed_serve_args, _ = vllm_server()
     args = make_arg_parser(FlexibleArgumentParser(prog=NAME)).parse_args(argv)
     validate_parsed_serve_args(args)
-    unsupported = {
-        "--enable-lora": args.enable_lora,
-        "--quantization": args.quantization,
-        "--speculative-config": args.speculative_config,
-        "--pipeline-parallel-size": args.pipeline_parallel_size > 1,
-        "--data-parallel-size": args.data_parallel_size > 1,
-        "--api-server-count": (args.api_server_count or 1) > 1,
-        "--load-format": args.load_format != "auto",
-        "--worker-extension-cls": args.worker_extension_cls,
-    }
-    for option in (option for option, given in unsupported.items() if given):
-        raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
+    refuse_unsupported(vars(args))
     for name, value in engine_options(launch).items():
         setattr(args, name, value)
     args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]

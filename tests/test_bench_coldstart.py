@@ -91,13 +91,16 @@ def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
     "arguments, named",
     [
         (["--checkpoint", "/no/such/checkpoint"], "/no/such/checkpoint"),
+        (["--checkpoint", "{checkpoint}", "--json", "/proc/no/such.json"], "/proc/no/such.json"),
         (["--trials", "0"], "--trials 0"),
         (["--mode", "fast"], "fast"),
     ],
 )
-def test_bad_arguments(arguments, named):
-    done = run_script(BENCH, *arguments)
+def test_bad_arguments(arguments, named, split_tiny, tmp_path):
+    arguments = [argument.format(checkpoint=split_tiny) for argument in arguments]
+    done = run_script(BENCH, *arguments, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 2
+    assert list((tmp_path / "tmp").iterdir()) == []
     assert named in done.stderr
 
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import requests
 import torch
-from conftest import ROOT, SERVER, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, SERVER, SPLIT, make_llama, run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 PROBE = Path(__file__).with_name("engine_probe.py")
 SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20)]
@@ -143,6 +143,18 @@ def test_stage_equals_transformers_with_pass_layers(probed_float32, stage, demo_
     manifest = json.loads((demo_checkpoint / "progressive.json").read_text())
     missing = [layer for row in manifest["stages"][stage:] for layer in row["layers"]]
     assert tokens(probed_float32[f"stage{stage}"]) == pass_layer_answers(demo_checkpoint, missing, prompts, length=12)
+
+
+def test_mistral(tmp_path):
+    """Another class of model and of layer than LLaMA's, with the same gate."""
+    model = make_llama(tmp_path / "model", MistralForCausalLM, num_hidden_layers=4)
+    assert run_script(SPLIT, model, tmp_path / "checkpoint", "--layers", "1-2").returncode == 0
+    prompts = [f"Number {number}? It is written here more than once, so that a block fills." for number in range(8)]
+    found = run_probe(tmp_path, "stages", tmp_path / "checkpoint", "float32", prompts=prompts)
+    assert found["stage3"] == found["at_once"] == found["stock"] != found["stage2"]
+    for stage, missing in ((2, [2]), (1, [1, 2])):
+        answers = pass_layer_answers(tmp_path / "checkpoint", missing, prompts, length=12)
+        assert tokens(found[f"stage{stage}"]) == answers
 
 
 # ---- the gate in a fixed graph ----------------------------------------------------------------------
@@ -286,13 +298,14 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
 
         streamed, stages_seen = [], []
         stream = server.complete(prompts[0], tokens=900, stream=True, return_token_ids=True)
-        reader.resume()
         for line in stream.iter_lines():
             if line.startswith(b"data: {"):
                 choice = json.loads(line[6:])["choices"][0]
                 streamed += choice["token_ids"] or []
                 if len(streamed) % 20 == 0:
                     stages_seen.append(server.progress()["stage"])
+                    if len(stages_seen) == 1:
+                        reader.resume()  # from here on the transitions come
         assert len(streamed) == 900  # nothing lost, nothing twice
         assert stages_seen[0] == 1 and stages_seen[-1] == 3, stages_seen
 
@@ -349,6 +362,11 @@ def edit_manifest(checkpoint: Path, change) -> None:
     (checkpoint / "progressive.json").write_text(json.dumps(manifest))
 
 
+def edit_config(checkpoint: Path, **values) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
+
+
 def truncate(path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -362,6 +380,12 @@ BAD_CHECKPOINTS = {
         lambda folder: edit_manifest(folder, lambda m: m["stages"][0]["files"][0].update(name="../x.safetensors")),
         "../x.safetensors",
     ),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "another architecture": (
+        lambda folder: edit_config(folder, architectures=["GPT2LMHeadModel"]),
+        "GPT2LMHeadModel",
+    ),
+    "another number of layers": (lambda folder: edit_config(folder, num_hidden_layers=7), "7"),
     "unknown kind": (lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes")), "planes"),
     "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
     "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
@@ -394,6 +418,7 @@ def test_bad_checkpoint(case, split_tiny, tmp_path):
         (["{checkpoint}", "--no-such-option"], "--no-such-option"),
         (["{checkpoint}", "--enable-lora"], "--enable-lora"),
         (["{checkpoint}", "--load-format", "dummy"], "--load-format"),
+        (["{checkpoint}", "--additional-config", '{{"a": 1}}'], "--additional-config"),
         (["{checkpoint}", "--port", "{taken}"], "{taken}"),
     ],
 )
@@ -466,18 +491,19 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
     assert progress.reachable_stage() == 2  # stage 2 is not spoilt by it
 
 
-def test_reader_that_is_killed_is_heard_of(split_tiny):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     """Everybody waits for the reader, so its death must not go unnoticed."""
     import progressive_serve
 
     launch = progressive_serve.start_reading(split_tiny, None, limit_mbps=0.001, start=time.monotonic())
     failures = []
     launch.on_failure = failures.append
-    launch.reader.kill()
+    launch.reader.send_signal(number)
     deadline = time.monotonic() + 30
     while not failures and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "reader process stopped at stage 1" in failures[0] and "-9" in failures[0]
+    assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
     waiting = progressive_serve.StageReader(progressive_serve.Journal(launch.journal.path), launch.plan)
     with pytest.raises(RuntimeError, match="reader process stopped"):
         waiting.wait_resident(launch.plan.stages[0])
