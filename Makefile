@@ -36,6 +36,8 @@ demo/model/config.json: .venv/installed demo/train_demo_llama.py
 	@.venv/bin/python demo/train_demo_llama.py --force
 
 .venv/installed: $(REQUIREMENTS)
+	@command -v $(PYTHON) >/dev/null \
+	  || { echo "error: there is no $(PYTHON): make PYTHON=..., with Python 3.11 or newer" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: $$($(PYTHON) --version 2>&1) is too old: vLLM needs Python 3.11 or newer; make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
