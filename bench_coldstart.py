@@ -54,6 +54,7 @@ PROMPT = "Question: {question}\nAnswer:"
 DEMO_FACT = 7  # of the demo model's facts: one that it forgets at stage 1
 MAX_TOKENS = 10
 POLL_SECONDS = 0.01  # between two attempts to connect, and two looks at /progress
+DROP_ATTEMPTS, DROP_PAUSE = 20, 0.25  # seconds between them
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
 STOP_TIMEOUT = 30.0
 
@@ -131,17 +132,23 @@ def cached_bytes(path: Path) -> int:
 
 
 def drop_cache(checkpoint: Path) -> None:
-    """Drop every byte of the checkpoint from the page cache, and check it. Raises UsageError when some remain."""
-    for path in checkpoint_files(checkpoint):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # a dirty page would stay
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    left = {path.name: cached for path in checkpoint_files(checkpoint) if (cached := cached_bytes(path))}
-    if left:
-        raise UsageError(
-            f"{checkpoint} stays in the page cache ({left}), so no trial would be cold\n"
-            "another process has it open or mapped (a running server?), or it lies on a tmpfs: stop it, or move it"
-        )
+    """Drop every byte of the checkpoint from the page cache, and check it. Raises UsageError when some remain.
+
+    Tried more than once: the kernel passes over pages that it is just moving (reclaim, compaction, write-back).
+    """
+    for _ in range(DROP_ATTEMPTS):
+        for path in checkpoint_files(checkpoint):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # a dirty page would stay
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        left = {path.name: cached for path in checkpoint_files(checkpoint) if (cached := cached_bytes(path))}
+        if not left:
+            return
+        time.sleep(DROP_PAUSE)
+    raise UsageError(
+        f"{checkpoint} stays in the page cache ({left}), so no trial would be cold\n"
+        "another process has it open or mapped (a running server?), or it lies on a tmpfs: stop it, or move it"
+    )
 
 
 @contextlib.contextmanager
