@@ -436,6 +436,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed benchmark stops its server as well
     trials: list[dict] = []
     made_with = provenance(args)
     log_path = Path(tempfile.mkdtemp(prefix="bench-coldstart-")) / "server.log"

@@ -4,8 +4,11 @@ import json
 import mmap
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import BENCH, run_script
 
@@ -75,6 +78,20 @@ def test_read_limit_holds_the_server_process(tmp_path):
     except bench_coldstart.UsageError as error:
         pytest.skip(f"the block-I/O controller is not to be had here: {error}")
     assert not group.exists()
+
+
+def test_killed_benchmark_takes_its_server_along(split_tiny, tmp_path):
+    options = ["--mode", "progressive", "--checkpoint", split_tiny, "--json", tmp_path / "cold.json"]
+    bench = subprocess.Popen([sys.executable, str(BENCH), *map(str, options)], stderr=subprocess.DEVNULL)
+    try:
+        while not (servers := psutil.Process(bench.pid).children(recursive=True)):
+            assert bench.poll() is None
+            time.sleep(0.05)
+        bench.terminate()
+        assert bench.wait(60) == 143
+        assert psutil.wait_procs(servers, timeout=30)[1] == []
+    finally:
+        bench.kill()
 
 
 def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
