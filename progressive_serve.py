@@ -71,8 +71,6 @@ READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read CKPT JOURNAL HOLD MBPS
 STAGE_HEADER = b"x-progressive-stage"
-
-
 # vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
 UNSUPPORTED_OPTIONS = {
     "enable_lora": False,
@@ -593,7 +591,7 @@ def read_header(path: Path) -> tuple[int, dict[str, dict]]:
     return 8 + size, header
 
 
-class StageReader:
+class StageSource:
     """Hands out the tensors of a stage as their bytes arrive, straight from the page cache (no copy)."""
 
     def __init__(self, journal: Journal, plan: Plan):
@@ -640,7 +638,7 @@ class StagedWeights:
         config = vllm_config.load_config.model_loader_extra_config
         self.model, self.plan = model, plan
         self.journal = Journal(config["journal"])
-        self.source = StageReader(Journal(config["journal"]), plan)
+        self.source = StageSource(Journal(config["journal"]), plan)
         self.start_stage, self.hold_stage = config["start_stage"], config["hold_stage"]
         self.rank = vllm_config.parallel_config.rank
         self.device = next(model.parameters()).device  # with its index: each worker has its own GPU

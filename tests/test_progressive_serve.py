@@ -504,7 +504,7 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     while not failures and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
-    waiting = progressive_serve.StageReader(progressive_serve.Journal(launch.journal.path), launch.plan)
+    waiting = progressive_serve.StageSource(progressive_serve.Journal(launch.journal.path), launch.plan)
     with pytest.raises(RuntimeError, match="reader process stopped"):
         waiting.wait_resident(launch.plan.stages[0])
 
