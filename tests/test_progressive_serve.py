@@ -1,5 +1,6 @@
 """progressive_serve.py against stock vLLM and plain transformers, on the trained demo model, and over HTTP."""
 
+import contextlib
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,14 +251,23 @@ class Server:
         except requests.ConnectionError:
             return False
 
+    def is_up(self) -> bool:
+        """Whether it listens; an answer may take longer."""
+        with contextlib.suppress(requests.ConnectionError):
+            return bool(self.progress())
+        return False
+
     def progress(self) -> dict:
         return requests.get(f"{self.url}/progress", timeout=30).json()
 
     def complete(self, prompt, tokens: int = 12, **options) -> requests.Response:
-        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **options}
-        response = requests.post(f"{self.url}/v1/completions", json=body, timeout=60, stream=body.get("stream", False))
+        response = self.post(prompt, tokens, **options)
         response.raise_for_status()
         return response
+
+    def post(self, prompt, tokens: int = 12, **options) -> requests.Response:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **options}
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=60, stream=body.get("stream", False))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -270,7 +281,7 @@ class Server:
 
 
 def journal_of(reader: psutil.Process) -> Path:
-    return Path(reader.cmdline()[-3])
+    return Path(json.loads(reader.cmdline()[-1])["journal"])
 
 
 def slowly(checkpoint: Path) -> list[str]:
@@ -353,6 +364,37 @@ def flip_last_byte(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def test_bad_stage_1_ends_the_server(split_tiny, tmp_path):
+    """Found when the server is up and a request waits for the last bytes of stage 1: nothing can be served."""
+    broken = tmp_path / "broken"
+    shutil.copytree(split_tiny, broken)
+    flip_last_byte(broken / "model-stage1.safetensors")
+    size = (broken / "model-stage1.safetensors").stat().st_size
+    server = Server(broken, tmp_path / "log", "--limit-read-mbps", f"{size / 1e6 / 30:.4f}")
+    try:
+        server.wait_for(lambda: server.is_up() and server.progress()["timeline"])
+        assert server.progress()["stage"] == 0
+        assert server.post("Hello").status_code >= 500
+        assert server.process.wait(60) == 2
+    finally:
+        server.stop()
+    assert "error: " + str(broken / "model-stage1.safetensors: blake3 checksum differs") in server.log.read_text()
+
+
+def test_min_stage(split_tiny, tmp_path):
+    """With --min-stage 2 nobody is answered by stage 1, however long that takes."""
+    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny), "--min-stage", "2", "--hold-stage", "2")
+    try:
+        reader = server.hold_reader_after_stage_1()
+        server.wait_for(server.is_up)
+        server.wait_for(lambda: "bound" in [event["event"] for event in server.progress()["timeline"]])
+        assert server.progress()["stage"] == 0
+        reader.resume()
+        assert server.complete("Hello").headers["X-Progressive-Stage"] == "2"
+    finally:
+        server.stop()
+
+
 # ---- bad input --------------------------------------------------------------------------------------
 
 
@@ -370,6 +412,7 @@ def edit_config(checkpoint: Path, **values) -> None:
 def truncate(path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
+    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
 
 
 BAD_CHECKPOINTS = {
@@ -475,10 +518,10 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
     writer.mark("resident", stage=1)
     writer.mark("bound", stage=1, rank=0)
     assert states() == ["resident", "absent", "absent"]
-    assert progress.ready_stage() == 0  # the other worker has not bound it
+    assert progress.bound_stage() == 0  # the other worker has not bound it
     writer.mark("bound", stage=1, rank=1)
     states()
-    assert progress.ready_stage() == 1
+    assert progress.bound_stage() == 1
     writer.mark("active", at=107.5, stage=1)
     assert states() == ["active", "absent", "absent"]
     assert progress.as_dict()["stages"][0]["seconds"] == 7.5
@@ -504,20 +547,324 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     while not failures and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
-    waiting = progressive_serve.StageSource(progressive_serve.Journal(launch.journal.path), launch.plan)
+    waiting = progressive_serve.StageSource(launch.loader_config(), launch.plan, rank=0, workers=1)
     with pytest.raises(RuntimeError, match="reader process stopped"):
-        waiting.wait_resident(launch.plan.stages[0])
+        waiting.wait_resident(launch.plan.stages[:1])
+
+
+# ---- the reader: files that are slow, short, wrong, gone --------------------------------------------
+
+
+class Reading:
+    """A reader process on a checkpoint, and its journal."""
+
+    def __init__(self, checkpoint: Path, **options):
+        import progressive_serve
+
+        self.launch = progressive_serve.start_reading(checkpoint, start=time.monotonic(), **options)
+        self.plan = self.launch.plan
+        self.buffer = progressive_serve.WeightBuffer(self.launch.buffer, self.plan)
+        self.progress = progressive_serve.Progress(self.plan)
+
+    def wait_for(self, what, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not what(self.progress):
+            assert time.monotonic() < deadline, self.progress
+            self.progress.fold(self.launch.journal.follow())
+            time.sleep(0.01)
+
+    def wait_for_all(self) -> None:
+        self.wait_for(lambda progress: progress.error or len(progress.resident) == self.plan.num_stages)
+        assert self.progress.error is None
+
+    def bytes_of(self, name: str) -> bytes:
+        (file,) = (file for file in self.plan.files if file.name == name)
+        return bytes(self.buffer.place_of(file))
+
+    def memory(self) -> int:
+        """Bytes that the buffer holds now."""
+        return os.stat(self.launch.buffer).st_blocks * 512
+
+
+@pytest.fixture
+def copied(split_tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint, to be spoilt."""
+    return Path(shutil.copytree(split_tiny, tmp_path / "copied"))
+
+
+def test_reader_delivers_every_byte(split_tiny):
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    for file in reading.plan.files:
+        assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
+    assert reading.launch.reader.wait(30) == 0
+
+
+def test_reader_follows_a_file_that_grows(copied):
+    """A checkpoint that is still being copied to its place."""
+    path = copied / "model-stage2.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    for begin in range(1000, len(whole), len(whole) // 5):
+        time.sleep(0.2)
+        with open(path, "ab") as file:
+            file.write(whole[begin : begin + len(whole) // 5])
+    reading.wait_for_all()
+    assert reading.bytes_of(path.name) == whole
+
+
+def test_reader_gives_up_on_a_file_that_does_not_grow(copied, monkeypatch):
+    import progressive_serve
+
+    path = copied / "model-stage2.safetensors"
+    size = path.stat().st_size
+    truncate(path)
+    monkeypatch.setattr(progressive_serve, "GROWTH_SECONDS", 0.2)
+    pages = progressive_serve.read_local(str(path), memoryview(bytearray(size)), lambda *_: contextlib.nullcontext())
+    with pytest.raises(
+        progressive_serve.UsageError, match=f"model-stage2.safetensors ends after {size // 2} of {size}"
+    ):
+        list(pages)
+
+
+def test_reader_names_the_file_that_is_wrong(copied):
+    flip_last_byte(copied / "model-stage2.safetensors")
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
+    assert reading.progress.resident == {1} and reading.progress.reachable_stage() == 1
+
+
+def test_reader_names_the_file_that_is_gone(copied):
+    """Deleted after the start."""
+    reading = Reading(copied, limit_mbps=sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 5e6)
+    (copied / "model-stage3.safetensors").unlink()
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage3.safetensors" in reading.progress.error
+    assert reading.progress.resident == {1, 2}
+
+
+def test_garbage_in_a_header_is_a_wrong_checksum(copied):
+    """The tensors are bound before the checksum is known: what is told must be the cause, not what followed from it."""
+    import progressive_serve
+
+    path = copied / "model-stage1.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"garbage")
+    launch = progressive_serve.start_reading(copied, start=time.monotonic())
+    source = progressive_serve.StageSource(launch.loader_config(), launch.plan, rank=0, workers=1)
+    with pytest.raises((ValueError, RuntimeError)):
+        list(source.tensors(launch.plan.stages[:1]))
+    with pytest.raises(RuntimeError, match="model-stage1.safetensors: blake3"):
+        source.wait_resident(launch.plan.stages[:1])
+
+
+def test_memory_goes_back_when_every_worker_is_done(split_tiny):
+    reading = Reading(split_tiny)
+    reading.buffer.expect(workers=2)
+    reading.wait_for_all()
+    total = sum(stage.bytes for stage in reading.plan.stages)
+    held = reading.memory()
+    assert held >= total
+    for file in reading.plan.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+    assert reading.memory() == held
+    for file in reading.plan.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS + 1)
+    assert reading.memory() <= held - total + 3 * 4096 * len(reading.plan.files)
+
+
+def test_reader_stays_in_its_window(split_tiny, monkeypatch):
+    """On a GPU the host need not hold the whole model: the reader waits for what has been bound."""
+    import progressive_serve
+
+    first = progressive_serve.read_plan(split_tiny).stages[0]
+    monkeypatch.setattr(progressive_serve, "window_of", lambda plan: first.bytes)
+    reading = Reading(split_tiny)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    time.sleep(0.5)
+    reading.wait_for(lambda progress: True)
+    assert reading.progress.resident == {1}
+    for file in first.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+    reading.wait_for_all()
 
 
 def test_reader_keeps_its_pace(monkeypatch):
     """No burst after a pause: what was not read while the reader was held is not made up for."""
     import progressive_serve
 
-    now, slept = [1000.0], []
+    now = [1000.0]
     monkeypatch.setattr(progressive_serve.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(progressive_serve.time, "sleep", lambda seconds: slept.append(seconds))
-    reads = progressive_serve.at_pace(iter([(100, None), (150, None), (150, "digest")]), limit=10)
-    assert next(reads) == (100, None)
-    now[0] += 10 + 500  # it slept, and was held for long
-    assert [next(reads), next(reads)] == [(150, None), (150, "digest")]
-    assert slept == [10.0, 5.0, 5.0]  # the clock stands still in this test, so the last wait is asked for again
+    monkeypatch.setattr(progressive_serve.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    pace = progressive_serve.Pace(SimpleNamespace(released=lambda: 0), window=1000, limit=10)
+
+    def seconds_of(begin: int, end: int) -> float:
+        before = now[0]
+        with pace.turn(0, begin, end):
+            return now[0] - before
+
+    assert seconds_of(0, 100) == pytest.approx(10, abs=0.1)
+    now[0] += 500  # it was held for long
+    assert seconds_of(100, 150) == pytest.approx(5, abs=0.1)
+
+
+def test_chunks_take_their_turns_in_order():
+    """Otherwise the first bytes of a file might be the last to arrive, and nobody could begin with them."""
+    import progressive_serve
+
+    pace = progressive_serve.Pace(SimpleNamespace(released=lambda: 0), window=1 << 40, limit=0)
+    order, begun = [], threading.Event()
+
+    def read(begin: int) -> None:
+        with pace.turn(0, begin, begin + 10):
+            order.append(begin)
+            begun.set()
+            time.sleep(0.05 if begin else 0.5)
+
+    threads = [threading.Thread(target=read, args=(begin,)) for begin in (0, 40, 20, 30, 10)]
+    for thread in threads:
+        thread.start()
+        begun.wait()  # chunk 0 is on its way, so the others have to wait: nothing is known of the bandwidth
+    for thread in threads:
+        thread.join()
+    assert order == [0, 10, 20, 30, 40]
+
+
+# ---- the cache of a remote checkpoint ---------------------------------------------------------------
+
+
+def test_cache_is_filled_and_used(copied, tmp_path):
+    for _ in range(2):
+        reading = Reading(copied, cache_dir=tmp_path / "cache")
+        reading.wait_for_all()
+        assert reading.launch.reader.wait(30) == 0
+        (cached,) = (tmp_path / "cache").iterdir()
+        names = {path.name for path in cached.iterdir()}
+        assert {"progressive.json", "config.json", "tokenizer.json", "model-stage1.safetensors"} <= names
+        assert not [name for name in names if name.endswith(".partial")]
+        for path in copied.glob("*.safetensors"):
+            assert (cached / path.name).read_bytes() == path.read_bytes()
+        reading.launch.close()
+    for path in copied.glob("*.safetensors"):
+        path.unlink()  # the third start can only read the copy
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+
+
+def test_cache_survives_being_killed(copied, tmp_path):
+    limit = sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 1e6 / 10
+    reading = Reading(copied, cache_dir=tmp_path / "cache", limit_mbps=limit)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    reading.launch.reader.kill()
+    reading.launch.reader.wait()
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert not (cached / "model-stage3.safetensors").exists()
+    (cached / "model-stage3.safetensors.partial").write_bytes(b"half of it")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(30) == 0
+    for path in copied.glob("*.safetensors"):
+        assert (cached / path.name).read_bytes() == path.read_bytes()
+    assert not list(cached.glob("*.partial"))
+
+
+def test_copy_that_went_bad_is_removed(copied, tmp_path):
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    assert reading.launch.reader.wait(30) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    flip_last_byte(cached / "model-stage2.safetensors")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors" in reading.progress.error and "removed" in reading.progress.error
+    assert not (cached / "model-stage2.safetensors").exists()
+    Reading(copied, cache_dir=tmp_path / "cache").wait_for_all()
+
+
+def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
+    import progressive_serve
+
+    plan = progressive_serve.read_plan(copied)
+    (file,) = plan.stages[0].files
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    with open(tmp_path / "memory", "wb"):
+        buffer = progressive_serve.WeightBuffer(str(tmp_path / "memory"), plan)
+    buffer.open_for(cache=True)
+    copy = progressive_serve.CacheCopy(tmp_path, file, buffer, journal)
+    with open("/dev/full", "wb", buffering=0) as full:
+        copy.partial = SimpleNamespace(write=full.write, close=full.close, closed=False)
+        copy.write(0, 4096)
+    assert full.closed
+    assert buffer.marks[buffer.CACHE][0] == 4096  # nobody waits for it
+    assert journal.follow()[0]["event"] == "not cached" and "space" in journal.events[0]["reason"]
+
+
+# ---- object stores ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket(split_tiny):
+    """URI of the tiny checkpoint in a stand-in for S3 on this machine; credentials are in the environment."""
+    pytest.importorskip("runai_model_streamer_s3", reason="runai-model-streamer[s3] is not installed")
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import boto3
+
+    port = free_port()
+    values = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",  # the stand-in has no host name per bucket
+    }
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    store = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in values.items():
+                patch.setenv(name, value)
+            while store.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+                time.sleep(0.1)
+            client = boto3.client("s3")
+            client.create_bucket(Bucket="models")
+            for path in (path for path in split_tiny.rglob("*") if path.is_file()):
+                client.upload_file(str(path), "models", f"tiny/{path.relative_to(split_tiny)}")
+            yield "s3://models/tiny"
+    finally:
+        store.kill()
+        store.wait()
+
+
+def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        reading = Reading(bucket, **options)
+        reading.wait_for_all()
+        for file in reading.plan.files:
+            assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
+        assert reading.launch.reader.wait(30) == 0
+        reading.launch.close()
+    (cached,) = (tmp_path / "cache").iterdir()
+    for file in reading.plan.files:
+        assert (cached / file.name).read_bytes() == (split_tiny / file.name).read_bytes()
+
+
+def test_server_on_an_object_store(bucket, split_tiny, tmp_path):
+    server = Server(bucket, tmp_path / "log")
+    try:
+        server.wait_for(server.answers)
+        server.wait_for(lambda: server.progress()["stage"] == 3)
+        assert [model["id"] for model in requests.get(f"{server.url}/v1/models", timeout=30).json()["data"]] == [bucket]
+        assert server.complete("Hello").json()["choices"][0]["text"]
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("uri", ["s3://models/nothing", "s3://nobody/tiny"])
+def test_object_store_without_the_checkpoint(bucket, uri, tmp_path):
+    done = run_script(SERVER, uri, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 2
+    assert uri in done.stderr.strip().splitlines()[-1]
+    assert list((tmp_path / "tmp").iterdir()) == []
