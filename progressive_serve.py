@@ -76,7 +76,7 @@ MODULE = Path(__file__).stem  # the name under which vLLM's other processes impo
 LOAD_FORMAT = "progressive"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 VLLM_VERSIONS = {"cpu": ((0, 32), (0, 32)), "cuda": ((0, 26), (0, 32))}  # first and last release supported
-READ_CHUNK = 2 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
+READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
 READ_THREADS = 8  # chunks on their way at most
 QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
 OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
@@ -513,59 +513,65 @@ class ReadJob:
     limit_mbps: float
 
 
-def read_stages(arguments: str) -> int:
-    """Read the stage files into the buffer, in order, and verify them. Runs as a process of its own.
+class StageReader:
+    """Reads the stage files into the buffer, in order, and verifies them. Runs as a process of its own.
 
     Its own process, because the imports of the server hold Python's lock for up to a second at a time (dlopen), and
     storage must not wait for that. Gives up when the server that started it is gone.
     """
-    job = ReadJob(**json.loads(arguments))
-    plan, journal = read_plan(job.root), Journal(job.journal)
-    location, buffer = Location(Path(job.root), job.source, job.keep), WeightBuffer(job.buffer, plan)
-    pace = Pace(buffer, job.window, job.limit_mbps * 1e6)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as writer:
-            for stage in plan.stages[: job.hold_stage]:
-                journal.mark("reading", stage=stage.number)
-                for file in stage.files:
-                    read_file(file, plan, location, buffer, pace, journal, writer)
-                journal.mark("resident", stage=stage.number)
-    except (OSError, ValueError, UsageError) as error:
-        journal.mark("error", text=str(error), stage=stage.number)
-        return 1
-    return 0
 
+    def __init__(self, job: ReadJob):
+        self.plan, self.journal, self.hold_stage = read_plan(job.root), Journal(job.journal), job.hold_stage
+        self.location = Location(Path(job.root), job.source, job.keep)
+        self.buffer = WeightBuffer(job.buffer, self.plan)
+        self.pace = Pace(self.buffer, job.window, job.limit_mbps * 1e6)
+        self.writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # of the copies in the cache
 
-def read_file(file: StageFile, plan: Plan, location: Location, buffer: WeightBuffer, pace, journal, writer) -> None:
-    """Read one file into its place in the buffer and hash it on the way.
+    def run(self) -> int:
+        """Returns the exit status of the process."""
+        try:
+            with self.writer:
+                for stage in self.plan.stages[: self.hold_stage]:
+                    self.journal.mark("reading", stage=stage.number)
+                    for file in stage.files:
+                        self.read_file(file)
+                    self.journal.mark("resident", stage=stage.number)
+        except (OSError, ValueError, UsageError) as error:
+            self.journal.mark("error", text=str(error), stage=stage.number)
+            return 1
+        return 0
 
-    Raises UsageError for a wrong checksum and for a file that ends too early, OSError and ValueError for storage.
-    """
-    from blake3 import blake3  # here: only the reader needs it
+    def read_file(self, file: StageFile) -> None:
+        """Read one file into its place and hash it on the way.
 
-    path, place = location.path_of(file), buffer.place_of(file)
-    from_cache = location.keep and path == str(location.root / file.name)
-    copy = CacheCopy(location.root, file, buffer, journal) if location.keep and not from_cache else None
-    turn = functools.partial(pace.turn, sum(entry.bytes for entry in itertools.takewhile(file.__ne__, plan.files)))
-    hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
-    for end in read_object(path, place, turn) if is_uri(path) else read_local(path, place, turn):
-        hasher.update(place[done:end])
+        Raises UsageError for a wrong checksum and for a file that ends too early, OSError and ValueError for storage.
+        """
+        from blake3 import blake3  # here: only the reader needs it
+
+        location, path, place = self.location, self.location.path_of(file), self.buffer.place_of(file)
+        from_cache = location.keep and path == str(location.root / file.name)
+        copy = CacheCopy(location.root, file, self.buffer, self.journal) if location.keep and not from_cache else None
+        before = sum(earlier.bytes for earlier in itertools.takewhile(file.__ne__, self.plan.files))
+        read = read_object if is_uri(path) else read_local
+        hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
+        for end in read(path, place, functools.partial(self.pace.turn, before)):
+            hasher.update(place[done:end])
+            if copy:
+                self.writer.submit(copy.write, done, end)
+            done = end
+            if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
+                marked = time.monotonic()
+                self.journal.mark("read", file=file.name, bytes=done)
+        verified = hasher.hexdigest() == file.blake3
         if copy:
-            writer.submit(copy.write, done, end)
-        done = end
-        if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
-            marked = time.monotonic()
-            journal.mark("read", file=file.name, bytes=done)
-    verified = hasher.hexdigest() == file.blake3
-    if copy:
-        writer.submit(copy.close, verified)
-    elif from_cache:
-        buffer.release(file, file.bytes, buffer.CACHE)
-    if not verified and from_cache:
-        Path(path).unlink()
-        raise UsageError(f"{path}: the copy in the cache had gone bad and was removed; start again")
-    if not verified:
-        raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
+            self.writer.submit(copy.close, verified)
+        elif from_cache:
+            self.buffer.release(file, file.bytes, self.buffer.CACHE)
+        if not verified and from_cache:
+            Path(path).unlink()
+            raise UsageError(f"{path}: the copy in the cache had gone bad and was removed; start again")
+        if not verified:
+            raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
 
 
 def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
@@ -584,7 +590,7 @@ def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
         return end
 
     with open(path, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reads ahead by itself, no more than `turn` allows
         yield from pool.map(read_chunk, range(0, len(place), READ_CHUNK))
 
 
@@ -677,6 +683,8 @@ class CacheCopy:
         self.partial = open(root / f"{file.name}.partial", "ab", buffering=0)
         with self.giving_up_on_errors():
             fcntl.flock(self.partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self.partial.fileno()), os.stat(self.partial.name)):
+                raise OSError(errno.EBUSY, "another server has just written it")
             self.partial.truncate(0)
 
     @contextlib.contextmanager
@@ -866,7 +874,7 @@ def exit_at_once(text: str) -> None:
 LAUNCH: Launch | None = None  # of the server that this process is
 if __name__ == "__main__":
     if sys.argv[1:2] == [READER_COMMAND]:
-        sys.exit(read_stages(*sys.argv[2:]))
+        sys.exit(StageReader(ReadJob(**json.loads(sys.argv[2]))).run())
     ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if not glob.glob("/dev/nvidia*"):
@@ -1106,6 +1114,7 @@ class StagedWeights:
                     for stage in group:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.complete[self.model.model.norm].set()
+            self.scratch = None
         except Exception as error:
             logger.exception("binding stage %d failed", group[-1].number)
             failure = f"binding stopped: {error}"
