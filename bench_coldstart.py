@@ -104,6 +104,7 @@ SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 107374
 PROMPT = "Question: {question}\nAnswer:"
 DEMO_FACT = 7  # of the demo model's facts: one that it forgets at stage 1
 MAX_TOKENS = 10
+RESULT = Path("results/coldstart.json")
 THROUGHPUT_PROMPT = "Tell me about the number {number}."
 POLL_SECONDS = 0.01  # between two attempts to connect
 PROGRESS_SECONDS = 0.1  # between two looks at /progress, which cost the server time
@@ -1050,7 +1051,7 @@ def measure_progressive(row: dict, stages: list[int]) -> dict[str, float]:
 
 
 def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) -> None:
-    """Put `predictions` into the result, beside what was measured where it was. Raises UsageError for a bad source."""
+    """Put `predictions` into the result, beside what was measured, here or there. Raises UsageError for a bad source."""
     steps = {mode: measure_steps(measured_at, mode) for mode in ("baseline", "baseline-fork", "progressive")}
     if not any(steps.values()):
         raise UsageError(
@@ -1064,7 +1065,8 @@ def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) ->
         if samples == [0]:
             raise UsageError("--predict: that file does not say how fast the disk is: give bandwidths above 0")
         predicted = predict(steps[mode], result["stage_bytes"], statistics.median(samples))
-        measured = median_of(rows_of(result["trials"], mode, mbps), "ttft")
+        same = [result] + [measured_at] * (measured_at["stage_bytes"] == result["stage_bytes"])
+        measured = median_of([row for one in same for row in rows_of(one["trials"], mode, mbps)], "ttft")
         row = {"read_mbps": mbps, "mode": mode, "predicted": predicted, "measured": measured}
         rows.append({**row, "error": measured and predicted / measured - 1})
 
@@ -1245,12 +1247,13 @@ def parse_args() -> argparse.Namespace:
     stretch = "progressive reads over SECONDS and is asked at every stage, to watch them; not a measurement"
     add("--stretch", type=float, default=0.0, metavar="SECONDS", help=stretch)
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=Path, default=Path("results/coldstart.json"), metavar="FILE", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help=f"default: {RESULT}, or with --trials 0 none")
     predict = "predict TTFT from an earlier run at two or more bandwidths (with --trials 0: only that)"
     add("--predict", type=Path, metavar="FROM.json", help=predict)
     add("--plot", type=Path, metavar="FILE.json", help="only draw the plots of an earlier run again")
     args = parser.parse_args()
     args.server_args = shlex.split(args.server_args)
+    args.json = args.json or (RESULT if args.trials else None)
     args.bandwidths = args.sweep or [args.read_mbps]
     if args.sweep and args.read_mbps:
         parser.error(f"--read-mbps {args.read_mbps:g} together with --sweep: put it into the list")
@@ -1272,20 +1275,25 @@ def run(args: argparse.Namespace, log_path: Path) -> None:
     args.modes = choose_modes(args.mode)
     args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
     source = read_result(args.predict, "--predict") if args.predict else None
+    if source and args.json and args.predict.resolve() == args.json.resolve():
+        raise UsageError(f"--predict {args.predict} would be overwritten by --json: name another file")
     result = {"stage_bytes": stage_bytes(args.checkpoint), "bandwidth": {}, "trials": [], **provenance(args)}
     if source:
         add_predictions(result, source, args.bandwidths)  # a bad source is found before an hour of trials
-    if args.trials:
+    if args.json:
         check_writable(args.json)
+    if args.trials:
         with ray_cluster() if args.ray else contextlib.nullcontext():
             run_trials(args, result, log_path)
         print_table(result)
     if source:
         add_predictions(result, source, args.bandwidths)
         print_predictions(result["predictions"])
-    if args.trials:
+    if args.json:
         write_result(args.json, result)
-        print(f"\nraw samples: {args.json}", *(f"plot: {path}" for path in draw_plots(result, args.json)), sep="\n")
+        print(f"\nraw samples: {args.json}")
+    if args.trials:
+        print(*(f"plot: {path}" for path in draw_plots(result, args.json)), sep="\n")
 
 
 def main() -> int:

@@ -466,20 +466,15 @@ def test_prediction_without_trials_starts_nothing(split_tiny, tmp_path):
     source = {"trials": [], "bandwidth": {"25": [25.0], "0": [5000.0]}, "stage_bytes": [GB]}
     source["trials"] = [stock_trial("baseline", mbps, GB, speed) for mbps, speed in ((25, 25.0), (0, 5000.0))]
     (tmp_path / "source.json").write_text(json.dumps(source))
-    options = [
-        "--predict",
-        tmp_path / "source.json",
-        "--trials",
-        "0",
-        "--sweep",
-        "25,0",
-        "--json",
-        tmp_path / "no.json",
-    ]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    options = ["--predict", tmp_path / "source.json", "--trials", "0", "--sweep", "25,0"]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--json", tmp_path / "predicted.json")
     assert done.returncode == 0, done.stderr
     assert "baseline" in done.stdout and "unlimited" in done.stdout
-    assert not (tmp_path / "no.json").exists()
+    predictions = json.loads((tmp_path / "predicted.json").read_text())["predictions"]
+    assert [row["read_mbps"] for row in predictions] == [25, 0]
+    assert all(row["measured"] is None for row in predictions)  # of another model
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--json", tmp_path / "source.json")
+    assert done.returncode == 2 and "source.json" in done.stderr
 
 
 # ---- plots ------------------------------------------------------------------------------------------
