@@ -1051,7 +1051,7 @@ def measure_progressive(row: dict, stages: list[int]) -> dict[str, float]:
 
 
 def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) -> None:
-    """Put `predictions` into the result, beside what was measured, here or there. Raises UsageError for a bad source."""
+    """Put `predictions` into the result, beside what either has measured. Raises UsageError for a bad source."""
     steps = {mode: measure_steps(measured_at, mode) for mode in ("baseline", "baseline-fork", "progressive")}
     if not any(steps.values()):
         raise UsageError(
