@@ -48,7 +48,7 @@ Commands:
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
 Output: a table, and one JSON file with `summary` (medians), `trials` (raw samples, timelines, answers), `bandwidth`
-(dd), the arguments, versions, machine and commit, written after every trial, so that a run that is cut keeps its
+(dd), `loader_alone` (our reader, without a server), the arguments, versions, machine and commit, written after every trial, so that a run that is cut keeps its
 samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one bandwidth.
 """
 
@@ -105,12 +105,14 @@ PROMPT = "Question: {question}\nAnswer:"
 DEMO_FACT = 7  # of the demo model's facts: one that it forgets at stage 1
 MAX_TOKENS = 10
 RESULT = Path("results/coldstart.json")
+SERVER = Path(__file__).resolve().with_name("progressive_serve.py")
 THROUGHPUT_PROMPT = "Tell me about the number {number}."
 POLL_SECONDS = 0.01  # between two attempts to connect
 PROGRESS_SECONDS = 0.1  # between two looks at /progress, which cost the server time
 DROP_ATTEMPTS, DROP_PAUSE = 20, 0.25  # seconds between them
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
 STOP_TIMEOUT = 30.0
+STORAGE_SAMPLES = 3  # before the first trial, and after the last
 DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
 MEMORY_PAUSE, MEMORY_SHARE = 0.25, 0.02  # seconds between two samples; but never more than this share of a core
 WATCH_PROMPT = 16  # tokens
@@ -507,7 +509,7 @@ def in_group(procs: Path | None, command: list[str]) -> list[str]:
 
 def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str], stretch: float) -> list[str]:
     if mode in PROGRESSIVE:
-        start = [str(Path(__file__).resolve().with_name("progressive_serve.py")), str(checkpoint)]
+        start = [str(SERVER), str(checkpoint)]
         if stretch:
             start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / stretch:.6f}"]
     else:
@@ -797,15 +799,38 @@ def sequential_mbps(checkpoint: Path, mbps: float, procs: Path | None) -> float:
     return int(count) / 1e6 / float(seconds)
 
 
+def loader_alone_mbps(checkpoint: Path) -> float:
+    """What the reader process of progressive_serve.py reads of the cold stage 1 when nothing else runs, in MB/s."""
+    drop_cache(checkpoint)
+    memory = os.memfd_create("bench-coldstart")
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "journal.jsonl"
+        job = {"root": str(checkpoint), "source": str(checkpoint), "keep": False, "journal": str(journal)}
+        job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "window": 1 << 62, "hold_stage": 1, "limit_mbps": 0.0}
+        try:
+            subprocess.run([sys.executable, str(SERVER), "_read", json.dumps(job)], check=True)
+        finally:
+            os.close(memory)
+        at = {row["event"]: row["at"] for row in map(json.loads, journal.read_text().splitlines())}
+    return stage_bytes(checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
+
+
+def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, result: dict) -> None:
+    """Add samples of what dd reads; where the disk is as it is, side by side with what the loader reads."""
+    for _ in range(1 if mbps else STORAGE_SAMPLES):
+        result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args.checkpoint, mbps, procs))
+        if not mbps:
+            result.setdefault("loader_alone", []).append(loader_alone_mbps(args.checkpoint))
+
+
 def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
     """Every trial of the run, into `result`, which is written after each of them."""
     turns = schedule(args.modes, args.bandwidths, args.trials)
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
-            samples = result["bandwidth"].setdefault(f"{mbps:g}", []) if mbps is not None else []
-            if mbps is not None and not samples:
-                samples.append(sequential_mbps(args.checkpoint, mbps, procs))
+            if mbps is not None and f"{mbps:g}" not in result["bandwidth"]:
+                measure_storage(args, mbps, procs, result)
             for mode in modes:
                 bar.set_postfix_str(f"{mode} is starting{at_bandwidth(mbps)}")
                 row = run_trial(mode, mbps, args, procs, log_path)
@@ -814,7 +839,7 @@ def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
                 bar.update()
                 tqdm.write(f"{mode}{at_bandwidth(mbps)}: first token after {row['ttft']:.2f} s")
             if mbps is not None and mbps not in [later for later, _ in turns[number + 1 :]]:
-                samples.append(sequential_mbps(args.checkpoint, mbps, procs))
+                measure_storage(args, mbps, procs, result)
                 write_result(args.json, result)
     bar.close()
 
@@ -924,7 +949,10 @@ def print_table(result: dict) -> None:
             samples = " ".join(f"{row['ttft']:.2f}" for row in rows)
             print(f"{point['mode']:<15} {len(rows):>6}  {cells}  {samples}")
             if point["loader_mbps"]:
-                print(f"{'':<15} loader read stage 1 at {point['loader_mbps']:.1f} MB/s")
+                print(f"{'':<15} loader read stage 1 at {point['loader_mbps']:.1f} MB/s while the server started")
+        if mbps == 0 and result.get("loader_alone"):
+            alone, dd = statistics.median(result["loader_alone"]), statistics.median(result["bandwidth"]["0"])
+            print(f"loader alone reads stage 1 at {alone:.1f} MB/s, {alone / dd:.2f} of dd")
         print_gaps([row for row in result["trials"] if row["read_mbps"] == mbps])
     print_answers(result["trials"])
 
