@@ -48,8 +48,9 @@ Commands:
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
 Output: a table, and one JSON file with `summary` (medians), `trials` (raw samples, timelines, answers), `bandwidth`
-(dd), `loader_alone` (our reader, without a server), the arguments, versions, machine and commit, written after every trial, so that a run that is cut keeps its
-samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one bandwidth.
+(dd), `loader_alone` (what our reader reads without a server around it), the arguments, versions, machine and commit,
+written after every trial, so that a run that is cut keeps its samples. Beside it FILE-timeline.png, and FILE-ttft.png
+where there is more than one bandwidth.
 """
 
 import argparse
