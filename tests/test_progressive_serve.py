@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,12 +230,12 @@ class Server:
         with open(log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def hold_reader_after_stage_1(self) -> psutil.Process:
-        """Returns the reader process, suspended."""
+    def hold_reader(self, after: str = "resident") -> psutil.Process:
+        """Returns the reader process, suspended after this event of stage 1."""
         self.wait_for(lambda: psutil.Process(self.process.pid).children())
         children = psutil.Process(self.process.pid).children()
         reader = next(child for child in children if "_read" in child.cmdline())
-        self.wait_for(lambda: '"resident"' in journal_of(reader).read_text())
+        self.wait_for(lambda: f'"{after}"' in journal_of(reader).read_text())
         reader.suspend()
         return reader
 
@@ -294,7 +295,7 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
     """Reads so slowly that the test can hold it: stage 1, both transitions under a streaming request, stage 3."""
     server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint), "--dtype", "float32")
     try:
-        reader = server.hold_reader_after_stage_1()
+        reader = server.hold_reader()
         journal = journal_of(reader)
         server.wait_for(server.answers)
 
@@ -342,7 +343,7 @@ def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts,
     flip_last_byte(broken / "model-stage3.safetensors")
     server = Server(broken, tmp_path / "log", *slowly(broken))
     try:
-        reader = server.hold_reader_after_stage_1()
+        reader = server.hold_reader()
         server.wait_for(server.answers)
         reader.resume()
         server.wait_for(lambda: server.progress()["error"])
@@ -369,12 +370,15 @@ def test_bad_stage_1_ends_the_server(split_tiny, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(split_tiny, broken)
     flip_last_byte(broken / "model-stage1.safetensors")
-    size = (broken / "model-stage1.safetensors").stat().st_size
-    server = Server(broken, tmp_path / "log", "--limit-read-mbps", f"{size / 1e6 / 30:.4f}")
+    server = Server(broken, tmp_path / "log", *slowly(broken))
     try:
-        server.wait_for(lambda: server.is_up() and server.progress()["timeline"])
+        reader = server.hold_reader(after="reading")
+        server.wait_for(server.is_up)
         assert server.progress()["stage"] == 0
-        assert server.post("Hello").status_code >= 500
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.post, "Hello")
+            reader.resume()
+            assert waiting.result().status_code >= 500
         assert server.process.wait(60) == 2
     finally:
         server.stop()
@@ -385,7 +389,7 @@ def test_min_stage(split_tiny, tmp_path):
     """With --min-stage 2 nobody is answered by stage 1, however long that takes."""
     server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny), "--min-stage", "2", "--hold-stage", "2")
     try:
-        reader = server.hold_reader_after_stage_1()
+        reader = server.hold_reader()
         server.wait_for(server.is_up)
         server.wait_for(lambda: "bound" in [event["event"] for event in server.progress()["timeline"]])
         assert server.progress()["stage"] == 0
