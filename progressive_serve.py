@@ -88,6 +88,7 @@ URI_SCHEMES = ("s3://", "gs://")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
+ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still lives
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
 STAGE_HEADER = b"x-progressive-stage"
 # vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
@@ -1458,7 +1459,8 @@ class Controller:
             await self.engine.collective_rpc("progressive_activate", args=(self.progress.stage,))
             raise
         finally:
-            await self.engine.resume_generation()
+            if not self.engine.errored:
+                await self.engine.resume_generation()
         self.mark_active(stage, pause=round(time.monotonic() - began, 4))
 
     def mark_active(self, stage: int, **fields) -> None:
@@ -1481,7 +1483,8 @@ class ProgressMiddleware:
         if scope["type"] == "lifespan":
             self.controller = Controller(scope["app"].state.engine_client)
             self.controller.journal.mark("ready")
-            self.task = asyncio.create_task(self.controller.run())
+            self.tasks = [asyncio.create_task(self.controller.run())]
+            self.tasks.append(asyncio.create_task(self.end_with_engine()))
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["path"] == "/progress" and scope["method"] == "GET":
@@ -1500,6 +1503,13 @@ class ProgressMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_marked)
+
+    async def end_with_engine(self) -> None:
+        """An engine that is gone answers no call: let go of the transition and of the requests that wait for it."""
+        while not self.controller.engine.errored:
+            await asyncio.sleep(ENGINE_POLL_SECONDS)
+        self.tasks[0].cancel()
+        self.controller.decided.set()
 
     async def reply(self, content: dict, status: int, scope, receive, send) -> None:
         from starlette.responses import JSONResponse
