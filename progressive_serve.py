@@ -348,6 +348,7 @@ class Progress:
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     binding: dict[int, int] = field(default_factory=dict)  # rank -> the stage that it is binding first
+    streamed: bool = False  # whether the forward pass waits for each layer by itself
     active_at: dict[int, float] = field(default_factory=dict)
     failed: int | None = None  # the stage that cannot be reached, after an error
     timeline: list[dict] = field(default_factory=list)
@@ -366,6 +367,7 @@ class Progress:
             self.resident.add(fields["stage"])
         elif event == "binding":
             self.binding.setdefault(fields["rank"], fields["stage"])
+            self.streamed = fields["streamed"]
         elif event == "bound":
             self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
         elif event == "active":
@@ -1401,18 +1403,15 @@ class Controller:
         self.progress.fold(self.journal.follow())
 
     def next_stage(self) -> int:
-        """The stage to be served now. At the start that is all that was resident when binding began, or stage 1."""
-        if self.progress.stage:
-            return max(self.progress.stage, self.progress.bound_stage())
-        first = max(self.min_stage, self.progress.first_stage())
-        if self.progress.bound_stage() >= first:
-            return self.progress.bound_stage()
-        arriving = self.streamed() and self.progress.seconds_until_resident(first) < STREAMED_SECONDS
-        return first if first == self.progress.first_stage() and arriving else 0
-
-    def streamed(self) -> bool:
-        """Whether the forward pass can wait for each layer by itself."""
-        return any(event["event"] == "binding" and event["streamed"] for event in self.progress.timeline)
+        """The stage to be served now: the policy. At the start all that was resident when binding began, or stage 1."""
+        progress = self.progress
+        if progress.stage:
+            return max(progress.stage, progress.bound_stage())
+        first = max(self.min_stage, progress.first_stage())
+        if progress.bound_stage() >= first:
+            return progress.bound_stage()
+        arriving = progress.streamed and progress.seconds_until_resident(first) < STREAMED_SECONDS
+        return first if arriving and first == progress.first_stage() else 0
 
     async def switch_if_ready(self) -> bool:
         """Make the transition that is possible now, if any."""

@@ -9,7 +9,10 @@ An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the th
 import gc
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -63,6 +66,19 @@ def fly(llm: LLM, prompt: str) -> dict:
     return {"prompt_tokens": output.prompt_token_ids, "had": had, "stage": llm.stages.stage, **answer_of(output)}
 
 
+def ask_while_it_arrives(checkpoint: str, options: dict, prompts: list[str]) -> dict:
+    """Stage 1, asked before a byte of it is there: the forward pass waits layer by layer."""
+    launch = progressive_serve.start_reading(checkpoint, hold_stage=1, limit_mbps=2.0, start=time.monotonic())
+    launch.reader.send_signal(signal.SIGSTOP)
+    llm = LLM(**progressive_serve.engine_options(launch), **options)
+    llm.collective_rpc("progressive_activate", args=(1,))
+    events = [event["event"] for event in launch.journal.follow()]
+    threading.Timer(1.0, launch.reader.send_signal, [signal.SIGCONT]).start()
+    answers = ask(llm, prompts)
+    close(llm)
+    return {"events_before": events, "answers": answers}
+
+
 def close(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -87,6 +103,8 @@ def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
     llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
     found["flight"] = fly(llm, prompts[0])
     close(llm)
+
+    found["streamed"] = ask_while_it_arrives(checkpoint, options, prompts)
 
     llm = progressive_serve.load_llm(checkpoint, **options)
     found["at_once_stage"] = llm.stages.stage

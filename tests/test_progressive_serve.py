@@ -94,6 +94,14 @@ def test_request_in_flight_survives_both_transitions(probed):
     assert flight["tokens"][second:] == probed["stock_continuation"]["tokens"]
 
 
+def test_first_prompts_are_computed_while_the_weights_arrive(probed):
+    """Every layer was waited for, none was run empty."""
+    streamed = probed["streamed"]
+    assert "binding" in streamed["events_before"]
+    assert not {"read", "resident", "bound"} & set(streamed["events_before"])
+    assert streamed["answers"] == probed["stage1"]
+
+
 def test_no_stale_kv_cache(probed):
     """A long prompt, cached at one stage and asked again at the next."""
     for stage in ("long1", "long2", "long3"):
@@ -541,6 +549,43 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
     assert progress.reachable_stage() == 2  # stage 2 is not spoilt by it
 
 
+STAGES_AT_THE_START = {
+    # (read of stage 1, binding, streamed, bound, min_stage) -> the stage to be served after ten seconds
+    "not bound, and half of it is missing": ((0.5, 1, True, 0, 1), 0),
+    "not bound, but nearly there": ((0.9, 1, True, 0, 1), 1),
+    "nearly there, but the graph cannot wait": ((0.9, 1, False, 0, 1), 0),
+    "bound": ((1.0, 1, False, 1, 1), 1),
+    "everything had arrived before binding began": ((1.0, 3, True, 0, 1), 3),
+    "stage 2 is asked for, and stage 1 bound": ((1.0, 1, True, 1, 2), 0),
+    "stage 2 is asked for, and bound": ((1.0, 1, True, 2, 2), 2),
+}
+
+
+@pytest.mark.parametrize("case", STAGES_AT_THE_START)
+def test_stage_at_the_start(case, split_tiny, tmp_path):
+    """The policy, without an engine."""
+    import progressive_serve
+
+    (read, first, streamed, bound, min_stage), expected = STAGES_AT_THE_START[case]
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    config = {"journal": str(journal.path), "hold_stage": 3, "min_stage": min_stage}
+    vllm_config = SimpleNamespace(
+        load_config=SimpleNamespace(model_loader_extra_config=config),
+        model_config=SimpleNamespace(model=split_tiny),
+        parallel_config=SimpleNamespace(world_size=1),
+    )
+    controller = progressive_serve.Controller(SimpleNamespace(vllm_config=vllm_config))
+    journal.mark("start", at=time.monotonic() - 10)
+    for stage in controller.progress.plan.stages[:first]:
+        for file in stage.files:
+            journal.mark("read", file=file.name, bytes=int(file.bytes * read))
+    journal.mark("binding", stage=first, rank=0, streamed=streamed)
+    for stage in range(1, bound + 1):
+        journal.mark("bound", stage=stage, rank=0)
+    controller.update()
+    assert controller.next_stage() == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     """Everybody waits for the reader, so its death must not go unnoticed."""
@@ -724,21 +769,21 @@ def test_chunks_take_their_turns_in_order():
     import progressive_serve
 
     pace = progressive_serve.Pace(SimpleNamespace(released=lambda: 0), window=1 << 40, limit=0)
-    order, begun = [], threading.Event()
+    order = []
 
     def read(begin: int) -> None:
         with pace.turn(0, begin, begin + 10):
             order.append(begin)
-            begun.set()
-            time.sleep(0.05 if begin else 0.5)
 
-    threads = [threading.Thread(target=read, args=(begin,)) for begin in (0, 40, 20, 30, 10)]
+    threads = [threading.Thread(target=read, args=(begin,)) for begin in (40, 20, 30, 10)]
+    with pace.turn(0, 0, 10):  # on its way, so the others have to wait: nothing is known of the bandwidth
+        for thread in threads:
+            thread.start()
+        while len(pace.waiting) < len(threads):
+            time.sleep(0.01)
     for thread in threads:
-        thread.start()
-        begun.wait()  # chunk 0 is on its way, so the others have to wait: nothing is known of the bandwidth
-    for thread in threads:
-        thread.join()
-    assert order == [0, 10, 20, 30, 40]
+        thread.join(30)
+    assert order == [10, 20, 30, 40]
 
 
 # ---- the cache of a remote checkpoint ---------------------------------------------------------------
