@@ -98,6 +98,7 @@ LOADERS = {
     "fastsafetensors": ("fastsafetensors", "fastsafetensors", True),
     "instanttensor": ("instanttensor", "instanttensor", True),
 }
+ENGINE_SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that servers heed
 MODES = ("progressive", "baseline", "baseline-fork", *LOADERS, *WARM)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
@@ -154,7 +155,7 @@ FORK_LAUNCHER = """
 import os
 threads = os.environ.pop("OMP_NUM_THREADS", None)
 os.environ["OMP_NUM_THREADS"] = "1"
-from torch import set_num_threads
+from torch import ones, set_num_threads
 del os.environ["OMP_NUM_THREADS"]
 if threads:
     os.environ["OMP_NUM_THREADS"] = threads
@@ -174,8 +175,12 @@ def check_and_fork(vllm_config):
 def adopt_omp_settings_and_load(*args, **kwargs):
     if multiprocessing.current_process().name != "MainProcess":
         set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-        if places := re.findall(r"\\d+", os.environ.get("OMP_PLACES", "")):
-            os.sched_setaffinity(0, map(int, places))
+        cores = re.findall(r"\\d+", os.environ.get("GOMP_CPU_AFFINITY") or os.environ.get("OMP_PLACES", ""))
+        others = set(os.listdir("/proc/self/task"))
+        ones(1 << 20).add_(1)
+        pool = sorted(map(int, set(os.listdir("/proc/self/task")) - others))
+        for thread, core in zip([0, *pool], cores):
+            os.sched_setaffinity(thread, [int(core)])
     return load_model(*args, **kwargs)
 
 current_platform.check_and_update_config = check_and_fork
@@ -233,9 +238,10 @@ def commit() -> str:
 
 
 def provenance(args: argparse.Namespace) -> dict:
-    """What a result was made with: arguments, versions, machine, commit, date."""
+    """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
     return {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENGINE_SETTINGS)},
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),

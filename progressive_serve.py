@@ -1337,12 +1337,18 @@ def fork_workers() -> None:
 
 
 def adopt_omp_settings() -> None:
-    """In a forked CPU worker: the thread count and the cores that vLLM has put into its environment."""
+    """In a forked CPU worker: the threads that vLLM has put into its environment, and a core for each of them."""
     if multiprocessing.current_process().name == "MainProcess":
         return
     set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    if places := re.findall(r"\d+", os.environ.get("OMP_PLACES", "")):
-        os.sched_setaffinity(0, map(int, places))
+    cores = re.findall(r"\d+", os.environ.get("GOMP_CPU_AFFINITY") or os.environ.get("OMP_PLACES", ""))
+    if not cores:
+        return
+    others = set(os.listdir("/proc/self/task"))
+    torch.ones(1 << 20).add_(1)  # large enough for every thread of the OpenMP pool, which begins here
+    pool = sorted(map(int, set(os.listdir("/proc/self/task")) - others))
+    for thread, core in zip([0, *pool], cores, strict=False):
+        os.sched_setaffinity(thread, [int(core)])
 
 
 class LazyZeros(torch.overrides.TorchFunctionMode):

@@ -586,6 +586,27 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
     assert controller.next_stage() == expected
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_forked_worker_computes_as_a_spawned_one_would():
+    """As many threads as vLLM says, each on a core of its own: half of a core is lost otherwise."""
+    forked_worker = """
+import os
+os.environ["OMP_NUM_THREADS"] = "1"
+import progressive_serve, torch
+cores = sorted(os.sched_getaffinity(0))[:2]
+if os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+progressive_serve.multiprocessing.current_process().name = "Worker"
+os.environ |= {"OMP_NUM_THREADS": "2", "GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
+progressive_serve.adopt_omp_settings()
+bound = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+print(torch.get_num_threads(), os.sched_getaffinity(0) == {cores[0]}, {cores[1]} in bound, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", forked_worker], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.split() == ["2", "True", "True"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     """Everybody waits for the reader, so its death must not go unnoticed."""
