@@ -1,4 +1,4 @@
-# make demo   set up everything, make the demo model, and compare stock vLLM with ProgressiveServe on it
+# make demo   set up everything, make the demo model, compare stock vLLM with ProgressiveServe on it, and its stages
 # make test   set up everything and run the tests
 #
 # PYTHON        the interpreter that .venv is made from (default: python3)
@@ -10,22 +10,29 @@ TORCH_INDEX ?=
 MIN_FREE_GB := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),20,6)
 REQUIREMENTS := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),requirements.txt,requirements-cpu.txt)
 PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
+DEMO_TRAINING := --lr 4e-3 --epochs 30
 SAY := @printf '\n==> %s\n'
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: demo/checkpoint/progressive.json
+demo: demo/checkpoint/adapters/stage2/training.json
 	$(SAY) "Cold start, stock vLLM against ProgressiveServe (each is started once; a minute or two)"
 	@.venv/bin/python bench_coldstart.py --trials 1 --json results/demo.json
 	$(SAY) "The same server on storage so slow that every stage is seen (a minute)"
 	@.venv/bin/python bench_coldstart.py --mode progressive --trials 1 --stretch 60 --json results/demo-stages.json
+	$(SAY) "What each stage knows, with and without its adapter (a minute)"
+	@.venv/bin/python eval_triviaqa.py --json results/quality-demo.json
 
 test: demo/checkpoint/progressive.json
 	$(SAY) "Tests"
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m pytest
+
+demo/checkpoint/adapters/stage2/training.json: demo/checkpoint/progressive.json train_adapters.py
+	$(SAY) "Training an adapter for stage 1 and for stage 2 (2 to 3 minutes on 2 cores)"
+	@.venv/bin/python train_adapters.py $(DEMO_TRAINING) --force
 
 demo/checkpoint/progressive.json: demo/model/config.json prune_and_split.py
 	$(SAY) "Scoring the layers, pruning a quarter of them and splitting the checkpoint (seconds)"

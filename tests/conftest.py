@@ -1,14 +1,17 @@
 """Fixtures that more than one test file needs."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLIT = ROOT / "prune_and_split.py"
@@ -53,10 +56,48 @@ def split_tiny(tmp_path_factory) -> Path:
     return folder / "checkpoint"
 
 
+class PassLayer(torch.nn.Module):
+    """What a missing layer is."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def load_stage(checkpoint: Path, stage: int, dtype=torch.float32):
+    """The model of a stage in plain transformers: PassLayers in place of what the later stages add."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    manifest = json.loads((checkpoint / "progressive.json").read_text())
+    for row in manifest["stages"][stage:]:
+        for layer in row["layers"]:
+            model.model.layers[layer] = PassLayer()
+    return model
+
+
+def add_adapter(checkpoint: Path, stage: int, targets: list[str] | str, rank: int = 4, folder: str = "") -> Path:
+    """A random LoRA for a stage, made and saved by PEFT, that changes what the stage answers."""
+    torch.manual_seed(stage)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    path = checkpoint / "adapters" / (folder or f"stage{stage}")
+    get_peft_model(load_stage(checkpoint, stage), config).save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
-def demo_checkpoint() -> Path:
-    """The trained demo model as a progressive checkpoint, which `make test` makes."""
+def demo_checkpoint(tmp_path_factory) -> Path:
+    """The trained demo model as a progressive checkpoint, which `make test` makes; without `make demo`'s adapters."""
     folder = ROOT / "demo" / "checkpoint"
     if not (folder / "progressive.json").is_file():
         pytest.skip("demo/checkpoint is not there: make demo/checkpoint/progressive.json")
-    return folder
+    copy = tmp_path_factory.mktemp("demo") / "checkpoint"
+    return Path(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("adapters")))
+
+
+@pytest.fixture(scope="session")
+def adapted_checkpoint(demo_checkpoint, tmp_path_factory) -> Path:
+    """The demo checkpoint with a random adapter for stage 1, and another one, on every linear layer, for stage 2."""
+    copy = Path(shutil.copytree(demo_checkpoint, tmp_path_factory.mktemp("adapted") / "checkpoint"))
+    add_adapter(copy, 1, ["q_proj", "v_proj"])
+    add_adapter(copy, 2, "all-linear")
+    return copy

@@ -19,8 +19,9 @@ import psutil
 import pytest
 import requests
 import torch
-from conftest import ROOT, SERVER, SPLIT, make_llama, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
+from conftest import ROOT, SERVER, SPLIT, add_adapter, load_stage, make_llama, run_script
+from peft import PeftModel
+from transformers import AutoTokenizer, MistralForCausalLM
 
 PROBE = Path(__file__).with_name("engine_probe.py")
 SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20)]
@@ -46,11 +47,11 @@ def run_probe(tmp_path: Path, *arguments, prompts: list[str], **env) -> dict:
 
 @pytest.fixture(scope="module")
 def probe_of(demo_checkpoint, prompts, tmp_path_factory):
-    """dtype -> what engine_probe.py found with it; each is run once."""
+    """(dtype, checkpoint) -> what engine_probe.py found with it; each is run once."""
 
     @functools.cache
-    def probe(dtype: str) -> dict:
-        return run_probe(tmp_path_factory.mktemp("probe"), "stages", demo_checkpoint, dtype, prompts=prompts)
+    def probe(dtype: str, checkpoint: Path = demo_checkpoint) -> dict:
+        return run_probe(tmp_path_factory.mktemp("probe"), "stages", checkpoint, dtype, prompts=prompts)
 
     return probe
 
@@ -126,18 +127,13 @@ def test_progress_tells_every_stage(probed):
 # ---- stages 1 and 2 are the model with PassLayers ---------------------------------------------------
 
 
-class PassLayer(torch.nn.Module):
-    def forward(self, hidden_states, *args, **kwargs):
-        return hidden_states
-
-
-def pass_layer_answers(checkpoint: Path, layers: list[int], prompts: list[str], length: int) -> list[list[int]]:
-    """Greedy tokens of plain transformers in float32, with the given layers replaced by PassLayers."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+def stage_answers(checkpoint: Path, stage: int, prompts: list[str], adapter: Path | None = None) -> list[list[int]]:
+    """12 greedy tokens of plain transformers in float32, with PassLayers for what is missing, and PEFT's adapter."""
+    model = load_stage(checkpoint, stage)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for layer in layers:
-        model.model.layers[layer] = PassLayer()
-    return [greedy(model, tokenizer(prompt, return_tensors="pt").input_ids, length) for prompt in prompts]
+    return [greedy(model, tokenizer(prompt, return_tensors="pt").input_ids, 12) for prompt in prompts]
 
 
 def greedy(model, ids: torch.Tensor, length: int) -> list[int]:
@@ -151,34 +147,106 @@ def greedy(model, ids: torch.Tensor, length: int) -> list[int]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stage_equals_transformers_with_pass_layers(probed_float32, stage, demo_checkpoint, prompts):
-    manifest = json.loads((demo_checkpoint / "progressive.json").read_text())
-    missing = [layer for row in manifest["stages"][stage:] for layer in row["layers"]]
-    assert tokens(probed_float32[f"stage{stage}"]) == pass_layer_answers(demo_checkpoint, missing, prompts, length=12)
+    assert tokens(probed_float32[f"stage{stage}"]) == stage_answers(demo_checkpoint, stage, prompts)
 
 
 def test_mistral(tmp_path):
     """Another class of model and of layer than LLaMA's, with the same gate."""
     model = make_llama(tmp_path / "model", MistralForCausalLM, num_hidden_layers=4)
-    assert run_script(SPLIT, model, tmp_path / "checkpoint", "--layers", "1-2").returncode == 0
+    checkpoint = tmp_path / "checkpoint"
+    assert run_script(SPLIT, model, checkpoint, "--layers", "1-2").returncode == 0
     prompts = [f"Number {number}? It is written here more than once, so that a block fills." for number in range(8)]
-    found = run_probe(tmp_path, "stages", tmp_path / "checkpoint", "float32", prompts=prompts)
+    found = run_probe(tmp_path, "stages", checkpoint, "float32", prompts=prompts)
     assert found["stage3"] == found["at_once"] == found["stock"] != found["stage2"]
-    for stage, missing in ((2, [2]), (1, [1, 2])):
-        answers = pass_layer_answers(tmp_path / "checkpoint", missing, prompts, length=12)
-        assert tokens(found[f"stage{stage}"]) == answers
+    for stage in (1, 2):
+        assert tokens(found[f"stage{stage}"]) == stage_answers(checkpoint, stage, prompts)
+
+
+# ---- stage adapters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_trace_of_adapters_in_the_final_state(dtype, probe_of, adapted_checkpoint):
+    """Merged weights go back to the original bits; in flight and while the weights arrive as well."""
+    found = probe_of(dtype, adapted_checkpoint)
+    assert found["stage3"] == found["at_once"] == found["stock"]
+    assert found["flight"]["tokens"][found["flight"]["had"][1] :] == found["stock_continuation"]["tokens"]
+    assert found["long3"]["first"] == found["stock_long"]["first"]
+    assert found["streamed"]["answers"] == found["stage1"]
+    assert [row["adapter"] for row in found["progress"]["stages"]] == [True, True, False]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapted_stage_equals_transformers_with_peft(stage, probe_of, adapted_checkpoint, probed_float32, prompts):
+    found = tokens(probe_of("float32", adapted_checkpoint)[f"stage{stage}"])
+    assert found == stage_answers(adapted_checkpoint, stage, prompts, adapted_checkpoint / f"adapters/stage{stage}")
+    assert found != tokens(probed_float32[f"stage{stage}"])  # the adapter does something
+
+
+def test_adapters_can_be_left_out(adapted_checkpoint):
+    import progressive_serve
+
+    for adapters, stages in ((True, [1, 2]), (False, [])):
+        launch = progressive_serve.start_reading(adapted_checkpoint, adapters=adapters, start=time.monotonic())
+        launch.close()
+        assert launch.loader_config()["adapters"] == stages
+
+
+def edit_adapter(folder: Path, **values) -> None:
+    path = folder / "adapters" / "stage1" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def note_base(folder: Path, files: dict[str, str]) -> None:
+    (folder / "adapters" / "stage1" / "training.json").write_text(json.dumps({"base": {"files": files}}))
+
+
+BAD_ADAPTERS = {
+    "of another stage": (lambda folder: add_adapter(folder, 2, ["q_proj"], folder="stage1"), "layer 1"),
+    "of the last stage": (lambda folder: add_adapter(folder, 3, ["q_proj"]), "stage3"),
+    "of another model": (lambda folder: edit_config(folder, hidden_size=64), "shape [4, 128] instead of [4, 64]"),
+    "another rank": (lambda folder: edit_adapter(folder, r=8), "shape [4, 128] instead of [8, 128]"),
+    "another kind": (lambda folder: edit_adapter(folder, peft_type="LOHA"), "LOHA"),
+    "dora": (lambda folder: edit_adapter(folder, use_dora=True), "use_dora"),
+    "of another base": (lambda folder: note_base(folder, {"model-stage1.safetensors": "0" * 64}), "another base"),
+    "without its weights": (
+        lambda folder: (folder / "adapters/stage1/adapter_model.safetensors").unlink(),
+        "cannot be read",
+    ),
+    "truncated": (lambda folder: truncate(folder / "adapters/stage1/adapter_config.json"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_bad_adapter(case, split_tiny, tmp_path):
+    import progressive_serve
+
+    spoil, named = BAD_ADAPTERS[case]
+    folder = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    add_adapter(folder, 1, ["q_proj"])
+    assert progressive_serve.read_adapters(progressive_serve.read_plan(folder)).keys() == {1}
+    spoil(folder)
+    with pytest.raises(progressive_serve.UsageError, match="(?s)--no-adapters") as error:
+        progressive_serve.start_reading(folder, start=time.monotonic())
+    assert named in str(error.value)
 
 
 # ---- the gate in a fixed graph ----------------------------------------------------------------------
 
 
 def test_no_transition_compiles(split_tiny, tmp_path):
+    """With an adapter in stage 1, whose weights are packed anew into the memory that the graph reads."""
+    checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    adapter = add_adapter(checkpoint, 1, "all-linear")
     prompts = [f"Question number {number}: why?" for number in range(8)]
-    found = run_probe(tmp_path, "compiled", split_tiny, prompts=prompts, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    found = run_probe(tmp_path, "compiled", checkpoint, prompts=prompts, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
     assert found["gate_selects"] and all(found["gate_selects"])
     assert found["compilations1"]["stats.unique_graphs"] > 0  # it did compile, and it was counted
     assert found["compilations2"] == found["compilations1"]
     assert found["compilations3"] == found["compilations1"]
     assert found["stage3"] == found["stock"]
+    assert tokens(found["stage1"]) == stage_answers(checkpoint, 1, prompts, adapter)
+    assert tokens(found["stage2"]) == stage_answers(checkpoint, 2, prompts)
     assert tokens(found["stage1"]) != tokens(found["stage2"]) != tokens(found["stock"])
 
 
@@ -445,6 +513,7 @@ BAD_CHECKPOINTS = {
     "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
     "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
     "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
+    "adapter of no stage": (lambda folder: (folder / "adapters/stage9").mkdir(parents=True), "stage9"),
     "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
 }
 
@@ -811,6 +880,7 @@ def test_chunks_take_their_turns_in_order():
 
 
 def test_cache_is_filled_and_used(copied, tmp_path):
+    add_adapter(copied, 1, ["q_proj"])
     for _ in range(2):
         reading = Reading(copied, cache_dir=tmp_path / "cache")
         reading.wait_for_all()
@@ -819,6 +889,7 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         names = {path.name for path in cached.iterdir()}
         assert {"progressive.json", "config.json", "tokenizer.json", "model-stage1.safetensors"} <= names
         assert not [name for name in names if name.endswith(".partial")]
+        assert reading.launch.adapters == [1]
         for path in copied.glob("*.safetensors"):
             assert (cached / path.name).read_bytes() == path.read_bytes()
         reading.launch.close()
@@ -879,7 +950,7 @@ def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monk
 
 
 @pytest.fixture(scope="module")
-def bucket(split_tiny):
+def bucket(split_tiny, tmp_path_factory):
     """URI of the tiny checkpoint in a stand-in for S3 on this machine; credentials are in the environment."""
     pytest.importorskip("runai_model_streamer_s3", reason="runai-model-streamer[s3] is not installed")
     pytest.importorskip("moto.server", reason="moto[server] is not installed")
@@ -903,8 +974,10 @@ def bucket(split_tiny):
                 time.sleep(0.1)
             client = boto3.client("s3")
             client.create_bucket(Bucket="models")
-            for path in (path for path in split_tiny.rglob("*") if path.is_file()):
-                client.upload_file(str(path), "models", f"tiny/{path.relative_to(split_tiny)}")
+            checkpoint = Path(shutil.copytree(split_tiny, tmp_path_factory.mktemp("bucket") / "checkpoint"))
+            add_adapter(checkpoint, 1, ["q_proj"])
+            for path in (path for path in checkpoint.rglob("*") if path.is_file()):
+                client.upload_file(str(path), "models", f"tiny/{path.relative_to(checkpoint)}")
             yield "s3://models/tiny"
     finally:
         store.kill()
@@ -915,6 +988,7 @@ def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
         reading = Reading(bucket, **options)
         reading.wait_for_all()
+        assert reading.launch.adapters == [1]
         for file in reading.plan.files:
             assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
         assert reading.launch.reader.wait(30) == 0

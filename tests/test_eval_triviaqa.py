@@ -1,0 +1,356 @@
+"""eval_triviaqa.py: the rules by hand-worked cases, data formats, servers that misbehave, and what is really served."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import ROOT, run_script
+
+import eval_triviaqa
+from eval_triviaqa import make_question, normalize_answer, score
+
+EVAL = ROOT / "eval_triviaqa.py"
+DPR_DEV = ROOT.parent / "shared" / "data" / "triviaqa" / "dpr-dev.txt"
+
+# ---- the rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("New_York", "new york"),  # underscores are spaces
+        ("PARIS", "paris"),
+        ("St. Louis", "st louis"),
+        ("rock'n'roll", "rock n roll"),  # punctuation becomes a space, it is not deleted
+        ("U.S.A.", "u s"),  # ... so that the last letter here is an article
+        ("‘tis ´ the` end’", "tis end"),  # the quotes that string.punctuation does not have
+        ("The Beatles", "beatles"),
+        ("a-ha", "ha"),  # an article once the hyphen is a space
+        ("another theory", "another theory"),  # articles are whole words
+        ("  two \t words\n", "two words"),
+        ("The", ""),
+        ("🚁", "🚁"),
+    ],
+)
+def test_normalization(text, normalized):
+    assert normalize_answer(text) == normalized
+
+
+@pytest.mark.parametrize(
+    ("answer", "aliases", "em", "f1", "em_lm_eval"),
+    [
+        ("Paris", ["Paris", "City of Light"], 1, 1.0, 1),
+        ("the city of light", ["Paris", "City of Light"], 1, 1.0, 0),  # lm-eval keeps articles
+        ("rocknroll", ["rock'n'roll"], 0, 0.0, 1),  # ... and deletes punctuation
+        ("rock n roll", ["rock'n'roll"], 1, 1.0, 0),
+        ("Louis Armstrong", ["Louis Daniel Armstrong"], 0, 0.8, 0),  # precision 1, recall 2/3
+        ("red red wine", ["red wine wine"], 0, 0.6667, 0),  # two tokens in common of three each
+        ("green", ["red", "blue"], 0, 0.0, 0),
+        ("a blue one", ["red", "blue"], 0, 0.6667, 0),  # best over the aliases
+        ("", ["red"], 0, 0.0, 0),
+        (None, ["red"], 0, 0.0, 0),
+        ("The", ["red"], 0, 0.0, 0),  # nothing is left of it
+    ],
+)
+def test_scores(answer, aliases, em, f1, em_lm_eval):
+    expected = {"em": em, "f1": f1, "em_lm_eval": em_lm_eval}
+    assert score(answer, make_question("1", "?", aliases)) == expected
+
+
+def test_rules_on_real_questions():
+    """An alias of each question, disturbed in what normalisation takes away, is right; its reverse is not."""
+    if not DPR_DEV.is_file():
+        pytest.skip(f"{DPR_DEV} is not there")
+    questions = eval_triviaqa.read_questions(str(DPR_DEV), None)
+    assert len(questions) == 8837
+    assert [question.id for question in questions[:2]] == ["0", "1"]
+    disturbed = [score(f" THE_{question.aliases[-1].upper()}!", question) for question in questions]
+    # upper case loses letters for good in a few of them (ß, ŉ)
+    assert sum(entry["em"] for entry in disturbed) / len(questions) > 0.999
+    assert sum(entry["em_lm_eval"] for entry in disturbed) == 0  # the article stays
+    reversed_ = [score(question.aliases[-1][::-1] + " x", question) for question in questions]
+    assert sum(entry["em"] for entry in reversed_) == 0
+
+
+# ---- data and predictions ---------------------------------------------------------------------------
+
+TRIVIAQA = {
+    "Data": [
+        {
+            "Question": "Who painted it?",
+            "QuestionId": "q1",
+            "Answer": {"Value": "Monet", "Aliases": ["Claude Monet"], "NormalizedAliases": ["claude monet", "monet"]},
+        },
+        {
+            "Question": "Where?",
+            "QuestionId": "q2",
+            "Answer": {"Value": "Paris", "Aliases": ["Paris"], "HumanAnswers": ["In Paris"]},
+        },
+        {"Question": "When?", "QuestionId": "q3", "Answer": {"Value": "1872"}},
+    ]
+}  # fmt: skip
+LINES = "Who painted it?\t['Claude Monet', 'Monet']\nWhere?\t\"['Paris', \"\"L'Etoile\"\"]\"\n"
+
+
+def evaluate(tmp_path: Path, *options, data=TRIVIAQA, **kwargs):
+    """Run the script; returns the finished process, and the result that it wrote, if any."""
+    path = tmp_path / "data"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    result = tmp_path / "result.json"
+    done = run_script(EVAL, "--data", path, "--json", result, *options, **kwargs)
+    return done, json.loads(result.read_text()) if result.is_file() else None
+
+
+def predictions(tmp_path: Path, content) -> Path:
+    path = tmp_path / "predictions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_predictions(tmp_path):
+    answers = predictions(tmp_path, {"q1": "the Claude Monet", "q2": "in Paris, France", "q3": None, "unasked": "x"})
+    done, result = evaluate(tmp_path, "--predictions", answers)
+    assert done.returncode == 0, done.stderr
+    summary = result["summary"]
+    assert (summary["n"], summary["missing"], summary["failed"]) == (3, 1, 0)
+    assert (summary["em"], summary["f1"], summary["em_lm_eval"]) == (33.33, 60.0, 0.0)  # f1 of q2: 2 * 2 / (3 + 2)
+    rows = {row["id"]: row for row in result["detail"]}
+    assert (rows["q1"]["em"], rows["q2"]["em"], rows["q2"]["f1"], rows["q3"]["answer"]) == (1, 0, 0.8, None)
+    assert (tmp_path / "result.png").is_file()
+    assert {"arguments", "versions", "machine", "commit"} <= result.keys()
+
+
+def test_lines_are_told_apart_by_content(tmp_path):
+    done, result = evaluate(tmp_path, "--predictions", predictions(tmp_path, {"1": "l'etoile"}), data=LINES)
+    assert done.returncode == 0, done.stderr
+    assert [row["em"] for row in result["detail"]] == [0, 1]
+
+
+MALFORMED = {
+    "no JSON": ('{"Data": [\n}', "line 2"),
+    "no Data": ({"data": []}, "Data is missing"),
+    "no answer": ({"Data": [{"Question": "?", "QuestionId": "a"}]}, "Data[0].Answer"),
+    "no id": ({"Data": [{"Question": "?", "Answer": {"Value": "x"}}]}, "Data[0].QuestionId"),
+    "the same id twice": ({"Data": TRIVIAQA["Data"] + TRIVIAQA["Data"][:1]}, "q1"),
+    "no question at all": ({"Data": []}, "holds no question"),
+    "a line without a tab": ("Who?\t['x']\nWhere?\n", "line 2"),
+    "a line without a list": ("Who?\tx y\n", "line 1"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_data(case, tmp_path):
+    data, named = MALFORMED[case]
+    done, result = evaluate(tmp_path, "--predictions", predictions(tmp_path, {"q1": "x"}), data=data)
+    assert (done.returncode, result) == (2, None)
+    assert named in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--data", "nowhere.json", "--predictions", "x"], "nowhere.json"),
+        (["--predictions", "nowhere.json"], "nowhere.json"),
+        (["--predictions", "{bad}"], "the answer to q1"),
+        (["--predictions", "{unrelated}"], "none of the questions"),
+        (["CKPT", "--base-url", "http://x"], "CKPT"),
+        (["--base-url", "localhost:8000"], "localhost:8000"),
+        (["--base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["nowhere"], "nowhere"),
+        (["{checkpoint}", "--stages", "1,4"], "stage 4"),
+        (["{checkpoint}", "--stages", "0"], "0"),
+        (["--limit", "none"], "none"),
+    ],
+)
+def test_bad_input(options, named, tmp_path, split_tiny):
+    files = {"{bad}": {"q1": 3}, "{unrelated}": {"q9": "x"}}
+    for place, option in enumerate(options):
+        if option in files:
+            options = [*options[:place], str(predictions(tmp_path, files[option])), *options[place + 1 :]]
+    options = [option.replace("{checkpoint}", str(split_tiny)) for option in options]
+    data = [] if "--data" in options else ["--data", str(tmp_path / "data")]
+    (tmp_path / "data").write_text(json.dumps(TRIVIAQA))
+    done = run_script(EVAL, *data, *options, "--json", tmp_path / "result.json")
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "result.json").exists()
+
+
+# ---- servers that misbehave -------------------------------------------------------------------------
+
+
+class Fake(ThreadingHTTPServer):
+    """An OpenAI-compatible server that answers "Paris", unless `reply` (question, how often it was asked) says else."""
+
+    def __init__(self, reply, port: int = 0):
+        super().__init__(("127.0.0.1", port), FakeHandler)
+        self.reply, self.asked, self.lock = reply, {}, threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send(200, {"data": [{"id": "fake"}]}, {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("fake", 10, 0)
+        with self.server.lock:
+            self.server.asked[question] = self.server.asked.get(question, 0) + 1
+        status, headers = self.server.reply(question, self.server.asked[question])
+        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers)
+
+    def send(self, status: int, content: dict, headers: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_errors_are_retried(tmp_path):
+    server = Fake(lambda question, times: (500 if times < 3 and question == "Where?" else 200, {}))
+    done, result = evaluate(tmp_path, "--base-url", f"{server.url}/v1/")
+    assert done.returncode == 0, done.stderr
+    assert server.asked == {"Who painted it?": 1, "Where?": 3, "When?": 1}
+    assert (result["summary"]["em"], result["summary"]["failed"], result["summary"]["n"]) == (33.33, 0, 3)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_request_that_fails_for_good_is_no_wrong_answer_in_silence(tmp_path):
+    server = Fake(lambda question, times: (500 if question == "Where?" else 200, {}))
+    done, result = evaluate(tmp_path, "--base-url", server.url)
+    assert done.returncode == 1
+    assert "1 requests failed" in done.stderr
+    assert server.asked["Where?"] == eval_triviaqa.ATTEMPTS
+    assert (result["summary"]["failed"], result["summary"]["missing"]) == (1, 0)
+    assert "500" in next(row for row in result["detail"] if row["id"] == "q2")["failed"]
+    server.reply = lambda question, times: (200, {})
+    done, result = evaluate(tmp_path, "--base-url", server.url)
+    assert (done.returncode, result["summary"]["failed"], result["summary"]["em"]) == (0, 0, 33.33)
+    assert server.asked["Who painted it?"] == 1  # what was answered is not asked again
+
+
+def test_a_request_that_is_refused_is_the_users_to_mend(tmp_path):
+    server = Fake(lambda question, times: (400, {}))
+    done, result = evaluate(tmp_path, "--base-url", server.url)
+    assert (done.returncode, result) == (2, None)
+    assert "refuses" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "header", "named"),
+    [
+        (["--stages", "2"], lambda question: "2" if question != "When?" else "1", "came from stage 1"),
+        (["--stages", "2"], lambda question: None, "came from stage None"),
+        ([], lambda question: "2" if question != "When?" else "1", "hold the server"),
+    ],
+)
+def test_answers_of_another_stage_are_not_counted(options, header, named, tmp_path):
+    def reply(question, times):
+        return 200, {"X-Progressive-Stage": header(question)} if header(question) else {}
+
+    done, result = evaluate(tmp_path, "--base-url", Fake(reply).url, "--concurrency", "1", *options)
+    assert (done.returncode, result) == (1, None)
+    assert named in done.stderr
+
+
+def test_server_that_dies_half_way(tmp_path):
+    """What is done is kept, and the next run asks for the rest only."""
+    data = {"Data": [{"Question": f"{n}?", "QuestionId": str(n), "Answer": {"Value": "Paris"}} for n in range(20)]}
+    answered = threading.Semaphore(7)
+
+    def reply(question, times):
+        if not answered.acquire(blocking=False):
+            server.shutdown()
+            server.server_close()  # nobody listens from here on, as when a process has died
+            return 500, {"Connection": "close"}
+        return 200, {}
+
+    server = Fake(reply)
+    done, result = evaluate(tmp_path, "--base-url", server.url, "--concurrency", "1", data=data)
+    assert (done.returncode, result) == (1, None)
+    assert "is kept" in done.stderr
+    again = Fake(lambda question, times: (200, {}), server.server_port)
+    done, result = evaluate(tmp_path, "--base-url", server.url, "--concurrency", "1", data=data)
+    assert (done.returncode, result["summary"]["em"], result["summary"]["n"]) == (0, 100.0, 20)
+    assert set(again.asked) == {f"{n}?" for n in range(7, 20)}
+
+
+# ---- what is really served --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def facts() -> Path:
+    path = ROOT / "demo" / "model" / "facts" / "validation.json"
+    if not path.is_file():
+        pytest.skip("demo/model is not there: make demo/checkpoint/progressive.json")
+    return path
+
+
+def answers_of(result: dict, stage: int | None, adapter: bool = False) -> dict[str, str]:
+    rows = [row for row in result["detail"] if (row["stage"], row["adapter"]) == (stage, adapter)]
+    return {row["id"]: row["answer"] for row in rows}
+
+
+def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
+    """The last stage answers as stock vLLM does, question by question; the others, and the adapter, do not."""
+    options = ["--data", facts, "--limit", "100"]
+    done = run_script(EVAL, adapted_checkpoint, *options, "--stages", "1,3", "--json", tmp_path / "ours.json")
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "ours.json").read_text())
+    assert [(row["stage"], row["adapter"]) for row in ours["rows"]] == [(1, False), (1, True), (3, False)]
+    assert ours["summary"]["em"] == ours["rows"][-1]["em"] > ours["rows"][0]["em"]
+    assert all(row["seconds_to_stage"] > 0 and row["ttft"] > 0 for row in ours["rows"])
+    with stock_server(adapted_checkpoint, tmp_path / "log") as url:
+        done = run_script(EVAL, "--base-url", url, *options, "--json", tmp_path / "stock.json")
+    assert done.returncode == 0, done.stderr
+    stock = json.loads((tmp_path / "stock.json").read_text())
+    assert answers_of(ours, 3) == answers_of(stock, None)
+    assert stock["summary"]["em"] == ours["summary"]["em"]
+    assert answers_of(ours, 1) != answers_of(ours, 1, adapter=True) != answers_of(ours, 3)
+
+
+class stock_server:
+    """vLLM's own server on a checkpoint, as a context manager that yields its address."""
+
+    def __init__(self, checkpoint: Path, log: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+        command += ["--enforce-eager", "--port", str(port), "--kv-cache-memory-bytes", str(1 << 28)]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def __enter__(self) -> str:
+        deadline = time.monotonic() + 300
+        while True:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            try:
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return self.url
+            except requests.ConnectionError:
+                time.sleep(0.2)
+
+    def __exit__(self, *_) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(60)

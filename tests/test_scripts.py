@@ -1,0 +1,39 @@
+"""What the scripts have in common: small helpers, copied word for word, since none of them imports another."""
+
+import ast
+from collections import defaultdict
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ("prune_and_split", "train_adapters", "progressive_serve", "bench_coldstart", "eval_triviaqa")
+COPIED = ("versions", "machine", "commit", "provenance", "positive_int")
+
+
+def definitions() -> dict[str, dict[str, str]]:
+    """name -> script -> source text of the functions at the top level."""
+    found = defaultdict(dict)
+    for script in SCRIPTS:
+        text = (ROOT / f"{script}.py").read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                found[node.name][script] = ast.get_source_segment(text, node)
+    return found
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_are_equal(name):
+    copies = definitions()[name]
+    assert len(copies) > 1
+    assert len(set(copies.values())) == 1, f"{name} differs between {', '.join(copies)}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_another(script):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert not imported & set(SCRIPTS)

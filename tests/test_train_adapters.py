@@ -1,0 +1,222 @@
+"""train_adapters.py: what it reads, what it trains on, what it writes, and that an interrupted run loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_stage, run_script
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import train_adapters
+from train_adapters import IGNORED, UsageError
+
+TRAIN = ROOT / "train_adapters.py"
+SQUAD_DEV = ROOT.parent / "shared" / "data" / "squad" / "dev-v1.1.json"
+QUICK = ("--max-steps", "4", "--batch-size", "4", "--seq-len", "128", "--rank", "2", "--lr", "1e-2")
+
+
+EOS = "<511>"
+
+
+def squad(count: int) -> dict:
+    qas = [
+        {"id": str(n), "question": f"What is {n} times {n}?", "answers": [{"text": str(n * n), "answer_start": 0}]}
+        for n in range(count)
+    ]
+    return {"version": "1.1", "data": [{"title": "x", "paragraphs": [{"context": "Arithmetic.", "qas": qas}]}]}
+
+
+@pytest.fixture
+def checkpoint(split_tiny, tmp_path) -> Path:
+    folder = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": EOS}))
+    return folder
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(squad(40)))
+    return path
+
+
+# ---- what is trained, and on what -------------------------------------------------------------------
+
+
+def test_adapters_of_all_stages(checkpoint, dataset):
+    done = run_script(TRAIN, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("Question: What is 3 times 3?\nAnswer:", return_tensors="pt").input_ids
+    for stage, layers in ((1, {0, 3}), (2, {0, 1, 3})):
+        folder = checkpoint / "adapters" / f"stage{stage}"
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in weights} == layers  # numbered as in CKPT
+        assert {name.split(".")[-3] for name in weights} == {"q_proj", "v_proj"}
+        assert any(weights[name].abs().max() > 0 for name in weights if "lora_B" in name)  # it was trained
+        model = load_stage(checkpoint, stage)
+        with torch.no_grad():
+            before = model(ids).logits
+            after = PeftModel.from_pretrained(model, folder)(ids).logits  # plain PEFT loads it
+        assert not torch.equal(before, after)
+        training = json.loads((folder / "training.json").read_text())
+        assert training["base"]["layers"] == sorted(layers)
+        assert [point["step"] for point in training["loss"]] == [1, 2, 3, 4]
+        assert training["examples"] == 40 and training["arguments"]["rank"] == 2
+        assert (folder / "loss.png").stat().st_size > 1000
+    assert {path.name for path in (checkpoint / "adapters").iterdir()} == {"stage1", "stage2"}
+
+
+def test_later_stages_are_not_read(checkpoint, dataset):
+    """Stage 1 can be trained where nothing else has been copied to."""
+    for path in (checkpoint / "model-stage2.safetensors", checkpoint / "model-stage3.safetensors"):
+        path.unlink()
+    done = run_script(TRAIN, checkpoint, "--dataset", dataset, "--stages", "1", *QUICK)
+    assert done.returncode == 0, done.stderr
+    done = run_script(TRAIN, checkpoint, "--dataset", dataset, "--stages", "2", *QUICK)
+    assert done.returncode == 2
+    assert "model-stage2.safetensors" in done.stderr
+
+
+def test_stage_is_the_model_with_pass_layers(split_tiny):
+    stage = train_adapters.read_stages(split_tiny)[0]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours = train_adapters.load_stage(split_tiny, stage, bf16=False)(ids).logits
+        assert torch.equal(ours, load_stage(split_tiny, 1)(ids).logits)
+
+
+def test_loss_is_on_the_answer_alone(checkpoint):
+    tokenizer = train_adapters.load_tokenizer(checkpoint)
+    example = train_adapters.question_example(" Who? ", "Mira ", None)
+    assert example == train_adapters.Example("Question: Who?\nAnswer:", " Mira")
+    (encoded,) = train_adapters.encode_examples(tokenizer, [example], 64)
+    seen = [token for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != IGNORED]
+    assert tokenizer.decode(seen) == f" Mira{EOS}"
+    assert encoded["labels"].count(IGNORED) == len(example.prompt)  # a byte is a token here
+    assert train_adapters.encode_examples(tokenizer, [example], 10) == []
+    with_context = train_adapters.question_example("Who?", "Mira", "Mira was born.")
+    assert with_context.prompt == "Context: Mira was born.\nQuestion: Who?\nAnswer:"
+
+
+def test_healing_text_is_packed(checkpoint):
+    tokenizer = train_adapters.load_tokenizer(checkpoint)
+    documents = [train_adapters.Example("", "abcdef"), train_adapters.Example("", "ghi")]
+    pieces = train_adapters.encode_text(tokenizer, documents, 5)
+    assert [tokenizer.decode(piece["input_ids"]) for piece in pieces] == ["abcde", f"f{EOS}ghi"]
+    assert all(piece["labels"] == piece["input_ids"] for piece in pieces)
+
+
+def test_real_squad():
+    if not SQUAD_DEV.is_file():
+        pytest.skip(f"{SQUAD_DEV} is not there")
+    examples = train_adapters.read_squad(SQUAD_DEV, with_context=True)
+    assert len(examples) == 10570
+    assert examples[0].completion == " Denver Broncos"
+    assert examples[0].prompt.startswith("Context: Super Bowl 50 was an American football game")
+
+
+def test_healing_and_every_linear_layer(checkpoint, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("".join(f"Line {n} of the text that heals the model.\n" for n in range(60)))
+    options = ["--stages", "2", "--targets", "all-linear", "--gradient-checkpointing", *QUICK]
+    done = run_script(TRAIN, checkpoint, "--heal-on", text, *options)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(checkpoint / "adapters" / "stage2" / "adapter_model.safetensors")
+    assert len(weights) == 3 * 7 * 2  # layers, linear layers, A and B
+
+
+# ---- interrupted runs -------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, tmp_path):
+    options = ["--dataset", str(dataset), "--stages", "1", *QUICK, "--max-steps", "40"]
+    whole = Path(shutil.copytree(checkpoint, tmp_path / "whole" / "checkpoint"))
+    assert run_script(TRAIN, whole, *options).returncode == 0
+    killed = subprocess.Popen([sys.executable, str(TRAIN), str(checkpoint), *options], start_new_session=True)
+    working = checkpoint / "adapters" / ".stage1.training"
+    while not list(working.glob("checkpoint-*/trainer_state.json")) and killed.poll() is None:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (checkpoint / "adapters" / "stage1").exists()
+    done = run_script(TRAIN, checkpoint, *options, "--lr", "5", "--resume")
+    assert done.returncode == 2 and "--lr 0.01" in done.stderr
+    done = run_script(TRAIN, checkpoint, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    names = [folder / "adapters" / "stage1" / "adapter_model.safetensors" for folder in (whole, checkpoint)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    curves = [json.loads(name.with_name("training.json").read_text())["loss"] for name in names]
+    assert curves[0] == curves[1] and len(curves[0]) == 40
+    assert not working.exists()
+
+
+# ---- bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["nowhere"], "nowhere"),
+        (["{checkpoint}", "--dataset", "nowhere.json"], "nowhere.json"),
+        (["{checkpoint}", "--stages", "3"], "stage 3 is the full model"),
+        (["{checkpoint}", "--stages", "1,x"], "'x'"),
+        (["{checkpoint}", "--dataset", "{dataset}", "--heal-on", "x"], "--heal-on x"),
+        (["{checkpoint}", "--heal-on", "nowhere.txt"], "nowhere.txt"),
+        (["{checkpoint}", "--dataset", "{dataset}", "--seq-len", "5"], "--seq-len 5"),
+        (["{checkpoint}", "--dataset", "{dataset}", "--targets", "x_proj"], "x_proj"),
+        (["{checkpoint}", "--rank", "0"], "0 is no positive"),
+    ],
+)
+def test_bad_input(options, named, checkpoint, dataset):
+    done = run_script(TRAIN, *(option.format(checkpoint=checkpoint, dataset=dataset) for option in options))
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not list((checkpoint / "adapters").glob("stage*"))
+
+
+def test_tokenizer_without_an_end(split_tiny):
+    with pytest.raises(UsageError, match="eos_token"):
+        train_adapters.load_tokenizer(split_tiny)
+
+
+def test_existing_adapters_are_kept(checkpoint, dataset):
+    (checkpoint / "adapters" / "stage2").mkdir(parents=True)
+    done = run_script(TRAIN, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 2
+    assert "stage2 exists already" in done.stderr and "--force" in done.stderr
+    assert not (checkpoint / "adapters" / "stage1").exists()
+
+
+MALFORMED = {
+    "no JSON": ('{"data": [\n}', "line 2"),
+    "no data": ({}, "data is missing"),
+    "no paragraphs": ({"data": [{}]}, "data[0].paragraphs"),
+    "no question": ({"data": [{"paragraphs": [{"qas": [{"answers": []}]}]}]}, "data[0].paragraphs[0].qas[0].question"),
+    "an answer without text": (
+        {"data": [{"paragraphs": [{"qas": [{"question": "?", "answers": [{}]}]}]}]},
+        "qas[0].answers[0].text",
+    ),
+    "nothing": ({"data": []}, "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_squad(case, tmp_path):
+    content, named = MALFORMED[case]
+    path = tmp_path / "squad.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UsageError) as error:
+        train_adapters.read_examples(Namespace(heal_on=None, dataset=str(path), with_context=False))
+    assert named in str(error.value) and "squad.json" in str(error.value)

@@ -1,0 +1,596 @@
+#!/usr/bin/env python3
+"""Train a LoRA adapter for each early stage of a progressive checkpoint: it makes up for the layers still missing.
+
+Stage k of a progressive checkpoint (made by prune_and_split.py) is the original model without the layers of the later
+stages. For each k < K this script loads just that model, with a PassLayer (output = input) in place of every missing
+layer, freezes it, and trains a LoRA adapter on it: on questions and answers, with the loss on the answer alone, or on
+plain text (--heal-on, the healing of Gromov et al. 2024, arXiv 2403.17887). The adapters are called "A" and "AB" in the
+ProgressiveServe paper. transformers' Trainer and PEFT do the work; nothing of the later stages is read.
+
+Commands:
+  python train_adapters.py --epochs 30 --lr 4e-3                     # the demo model, on its own facts
+  python train_adapters.py llama2-7b-progressive                     # stages 1 and 2, on SQuAD v1.1 from the Hub
+  python train_adapters.py llama2-7b-progressive --dataset train-v1.1.json --stages 1 --targets all-linear
+  python train_adapters.py llama2-7b-progressive --heal-on wiki.txt --max-steps 2000
+  python train_adapters.py llama2-7b-progressive --resume            # go on where an interrupted run stopped
+  torchrun --nproc-per-node 4 train_adapters.py llama2-7b-progressive
+
+Prompts have the one form that all scripts of this project use:
+  Question: Where was Mira Tolvane born?
+  Answer: Keldravik</s>
+
+Outputs, in CKPT/adapters/stage{k}/, whole or not at all:
+  adapter_config.json, adapter_model.safetensors   plain PEFT format; layers numbered as in the full checkpoint, from 0
+  training.json, loss.png                          arguments, versions, the base by checksum, and the loss curve
+
+Checkpoints of a run in progress lie in CKPT/adapters/.stage{k}.training/ and are removed at its end.
+
+Memory: LLaMA-2-7B in bfloat16 with --gradient-checkpointing, 4 sequences of 512 tokens, needs about 14 GiB for stage 1
+and 16 GiB for stage 2 (computed by estimate_memory, which is printed before each training; not measured on a GPU yet).
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+# ---- constants --------------------------------------------------------------------------------------
+
+FORMAT_VERSION = 1  # of progressive.json
+NAME = Path(__file__).name
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets")
+SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
+DEMO_CHECKPOINT = Path("demo/checkpoint")
+DEMO_FACTS = Path("demo/model/facts/train.json")
+HUB_DATASETS = {"squad": "rajpurkar/squad"}
+PROMPT = "Question: {question}\nAnswer:"
+CONTEXT = "Context: {context}\n"
+IGNORED = -100  # label of a token that is not part of the loss
+SAVES = 10  # how often an interrupted run could have been resumed
+LOSS_POINTS = 200  # of the loss curve, at most
+WARMUP = 0.05  # of all steps
+BYTES_PER_TRAINED = 16  # weight, gradient and the two moments of Adam, in float32
+
+
+class UsageError(Exception):
+    """Bad input: the message names the value and the way out. Scripts exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is resident at a stage: its own layers and files, and those of the stages before it."""
+
+    number: int
+    layers: list[int]  # from 0
+    files: dict[str, str]  # name: blake3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training document. The loss sees the completion alone; a prompt may be empty."""
+
+    prompt: str
+    completion: str
+
+
+# ---- what every result carries ----------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, str | int | list[str]]:
+    """Processor, cores, memory, kernel and GPUs of this machine."""
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = {"cpu": cpu[0] if cpu else platform.processor(), "cores": len(os.sched_getaffinity(0))}
+    found |= {"memory_gib": round(memory / 2**30), "kernel": platform.release()}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found["gpus"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[:-1]
+    return found
+
+
+def commit() -> str:
+    """Git commit of this script, with "+changes" when the tree differs from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return "unknown"
+    changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return head.stdout.strip() + ("+changes" if changes.stdout else "")
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
+    return {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+# ---- the checkpoint ---------------------------------------------------------------------------------
+
+
+def read_stages(checkpoint: Path) -> list[Stage]:
+    """The stages of a progressive checkpoint, from its manifest. Raises UsageError."""
+    path = checkpoint / "progressive.json"
+    if not path.is_file():
+        raise UsageError(
+            f"{checkpoint} is no progressive checkpoint (it has no progressive.json)\n"
+            "make one with: python prune_and_split.py MODEL OUT"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UsageError(f"{path} has format_version {manifest['format_version']!r}, {NAME} reads {FORMAT_VERSION}")
+        stages, layers, files = [], [], {}
+        for row in manifest["stages"]:
+            layers = sorted([*layers, *row["layers"]])
+            files = files | {file["name"]: file["blake3"] for file in row["files"]}
+            stages.append(Stage(row["stage"], layers, files))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is malformed ({error!r}): make the checkpoint again") from error
+    for name in stages[-1].files:
+        if name != os.path.basename(name):
+            raise UsageError(f"{path}: file name {name!r} points outside the checkpoint; do not use it")
+    return stages
+
+
+def choose_stages(stages: list[Stage], wanted: str | None) -> list[Stage]:
+    """The stages to train for, by default all but the last. Raises UsageError."""
+    last = len(stages)
+    if last == 1:
+        raise UsageError("this checkpoint has a single stage, the full model: there is nothing to make up for")
+    chosen = []
+    for text in (wanted or ",".join(str(number) for number in range(1, last))).split(","):
+        if text.strip() == str(last):
+            raise UsageError(f"--stages {wanted}: stage {last} is the full model and needs no adapter")
+        if not text.strip().isdecimal() or not 1 <= int(text) < last:
+            raise UsageError(f"--stages {wanted}: there is no stage {text.strip()!r}; name some of 1 to {last - 1}")
+        chosen.append(stages[int(text) - 1])
+    return chosen
+
+
+def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
+    """The model of `stage` with PassLayers for what is missing, on the CPU; the later stage files are not opened.
+
+    Raises UsageError where a file is missing or does not hold what the configuration asks for.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    class PassLayer(torch.nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = AutoConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for layer in set(range(config.num_hidden_layers)) - set(stage.layers):
+        model.model.layers[layer] = PassLayer()
+    weights = {}
+    for name in stage.files:
+        try:
+            weights |= {key: tensor.to(dtype) for key, tensor in load_file(checkpoint / name).items()}
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{checkpoint / name} cannot be read ({error}): make the checkpoint again") from error
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UsageError(f"{checkpoint} does not fit its own config.json: {error}") from error
+    if set(missing) - tied or unexpected:
+        raise UsageError(f"{checkpoint} does not fit its own manifest: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # computed, not loaded
+    model.config.use_cache = False
+    model.config.name_or_path = str(checkpoint)  # PEFT writes it into the adapter
+    return model
+
+
+# ---- the text ---------------------------------------------------------------------------------------
+
+
+def read_squad(path: Path, with_context: bool) -> list[Example]:
+    """Questions with their first answer, from a file in the format of SQuAD v1.1. Raises UsageError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # says the line
+        raise UsageError(f"{path} is no JSON ({error})\ngive a file in the format of SQuAD v1.1") from error
+
+    def of(value, kind: type, where: str):
+        if not isinstance(value, kind):
+            raise UsageError(f"{path}: {where} is missing, or no {kind.__name__}\nthe format is that of SQuAD v1.1")
+        return value
+
+    examples = []
+    content = of(content, dict, "the whole")
+    for a, article in enumerate(of(content.get("data"), list, "data")):
+        paragraphs = of(of(article, dict, f"data[{a}]").get("paragraphs"), list, f"data[{a}].paragraphs")
+        for p, paragraph in enumerate(paragraphs):
+            where = f"data[{a}].paragraphs[{p}]"
+            context = of(of(paragraph, dict, where).get("context"), str, f"{where}.context") if with_context else None
+            for q, qa in enumerate(of(of(paragraph, dict, where).get("qas"), list, f"{where}.qas")):
+                here = f"{where}.qas[{q}]"
+                question = of(of(qa, dict, here).get("question"), str, f"{here}.question")
+                for answer in of(qa.get("answers"), list, f"{here}.answers")[:1]:
+                    text = of(of(answer, dict, f"{here}.answers[0]").get("text"), str, f"{here}.answers[0].text")
+                    examples.append(question_example(question, text, context))
+    return examples
+
+
+def question_example(question: str, answer: str, context: str | None) -> Example:
+    prompt = PROMPT.format(question=question.strip())
+    if context is not None:
+        prompt = CONTEXT.format(context=context.strip()) + prompt
+    return Example(prompt, f" {answer.strip()}")
+
+
+def read_examples(args: argparse.Namespace) -> list[Example]:
+    """What to train on: plain text, a SQuAD file, or SQuAD from the Hub. Raises UsageError."""
+    if args.heal_on:
+        try:
+            lines = args.heal_on.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--heal-on {args.heal_on} cannot be read as text ({error}): name a text file") from error
+        examples = [Example("", line.strip()) for line in lines if line.strip()]
+    elif Path(args.dataset).is_file():
+        examples = read_squad(Path(args.dataset), args.with_context)
+    elif args.dataset in HUB_DATASETS:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(HUB_DATASETS[args.dataset], split="train")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"--dataset {args.dataset} cannot be had from the Hub ({type(error).__name__}): check the network,\n"
+                "or give a local file in the format of SQuAD v1.1"
+            ) from error
+        examples = [
+            question_example(row["question"], row["answers"]["text"][0], row["context"] if args.with_context else None)
+            for row in tqdm(rows, desc="reading", unit=" questions")
+        ]
+    else:
+        raise UsageError(f"--dataset {args.dataset}: no such file, and not one of {', '.join(HUB_DATASETS)}")
+    if not examples:
+        raise UsageError(f"{args.heal_on or args.dataset} is empty: there is nothing to train on")
+    return examples
+
+
+def encode_examples(tokenizer, examples: list[Example], seq_len: int) -> list[dict[str, list[int]]]:
+    """input_ids and labels of each example that fits into seq_len; labels of a prompt are IGNORED.
+
+    Prompt and completion are tokenised as one text, since that is how a server sees them.
+    """
+    encoded = []
+    for example in tqdm(examples, desc="tokenising", unit=" questions", leave=False):
+        ids = tokenizer(example.prompt + example.completion).input_ids + [tokenizer.eos_token_id]
+        hidden = len(tokenizer(example.prompt).input_ids)
+        if len(ids) <= seq_len:
+            encoded.append({"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]})
+    return encoded
+
+
+def encode_text(tokenizer, examples: list[Example], seq_len: int) -> list[dict[str, list[int]]]:
+    """All documents one after the other, each with its final token, cut into pieces of seq_len; the rest is dropped."""
+    stream = []
+    for example in tqdm(examples, desc="tokenising", unit=" documents", leave=False):
+        stream += tokenizer(example.completion, verbose=False).input_ids + [tokenizer.eos_token_id]
+    pieces = [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
+    return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) == seq_len]
+
+
+def load_tokenizer(checkpoint: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer in {checkpoint} ({str(error).splitlines()[0]}): copy it there") from error
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            f"the tokenizer in {checkpoint} has no eos_token, with which answers end: name it in its config"
+        )
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is ignored by the loss and, being last, by attention
+    return tokenizer
+
+
+def encode(args: argparse.Namespace, examples: list[Example], tokenizer) -> list[dict[str, list[int]]]:
+    """The examples as token ids. Raises UsageError where none is left."""
+    encoded = (encode_text if args.heal_on else encode_examples)(tokenizer, examples, args.seq_len)
+    if not encoded:
+        raise UsageError(f"nothing of {args.heal_on or args.dataset} fits --seq-len {args.seq_len}: choose another one")
+    if not args.heal_on and len(encoded) < len(examples):
+        print(f"{len(examples) - len(encoded)} of {len(examples)} examples are longer than --seq-len: left out")
+    return encoded
+
+
+# ---- training ---------------------------------------------------------------------------------------
+
+
+def add_adapter(model, args: argparse.Namespace):
+    """The model with a fresh LoRA on the layers that are there. Raises UsageError for targets that do not exist."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
+    config = LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(
+            f"--targets {args.targets}: {str(error).splitlines()[0]}\nname linear layers, or all-linear"
+        ) from error
+
+
+def estimate_memory(model, args: argparse.Namespace) -> float:
+    """GiB that training needs at least: weights, what is trained, activations of one batch, logits."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    config, width = model.config, 2 if args.bf16 else 4
+    tokens = args.batch_size * args.seq_len
+    inside = tokens * width * (8 * config.hidden_size + 4 * config.intermediate_size)  # of a layer
+    kept = inside + tokens * width * config.hidden_size * config.num_hidden_layers
+    activations = kept if args.gradient_checkpointing else inside * config.num_hidden_layers
+    logits = tokens * config.vocab_size * (width + 4 + 4)  # as they come, in float32 for the loss, and their gradient
+    return (weights + BYTES_PER_TRAINED * trained + activations + logits) / 2**30
+
+
+def training_arguments(args: argparse.Namespace, folder: Path, num_examples: int):
+    """transformers' TrainingArguments for ours. A step is one update of the adapter."""
+    import torch
+    from transformers import TrainingArguments
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batches = math.ceil(num_examples / (args.batch_size * world))
+    steps = math.ceil(math.ceil(batches / args.grad_accum) * args.epochs)
+    steps = args.max_steps or steps
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.grad_accum,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARMUP,
+        max_steps=steps,
+        logging_steps=max(1, steps // LOSS_POINTS),
+        save_steps=max(1, steps // SAVES),
+        save_total_limit=1,
+        seed=args.seed,
+        bf16=args.bf16,
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tokenizer, folder: Path) -> dict:
+    """Train the adapter of `stage`, from the last checkpoint in `folder` if there is one; write it to folder/adapter.
+
+    Returns what training.json says. Raises UsageError.
+    """
+    import torch
+    import transformers
+    from transformers.trainer_utils import get_last_checkpoint
+
+    transformers.set_seed(args.seed)
+    model = add_adapter(load_stage(args.checkpoint, stage, args.bf16), args)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    estimate = estimate_memory(model, args)
+    print(f"stage {stage.number}: {len(stage.layers)} layers, {trained:,} trained parameters, about {estimate:.1f} GiB")
+    trainer = transformers.Trainer(
+        model=model,
+        args=training_arguments(args, folder, len(encoded)),
+        train_dataset=encoded,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    curve = [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(folder / "adapter")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * max_rss_kib()
+    return {
+        "stage": stage.number,
+        "base": {"layers": stage.layers, "files": stage.files},
+        "examples": len(encoded),
+        "trained_parameters": trained,
+        "seconds": round(time.monotonic() - began, 1),
+        "memory_gib": {"estimated": round(estimate, 2), "peak": round(peak / 2**30, 2)},
+        "loss": curve,
+    }
+
+
+def max_rss_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---- writing ----------------------------------------------------------------------------------------
+
+
+def draw_loss(training: dict, path: Path) -> None:
+    """The loss over the steps, as it is and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, losses = ([point[key] for point in training["loss"]] for key in ("step", "loss"))
+    smooth, smoothed = losses[0], []
+    for loss in losses:
+        smooth += 0.1 * (loss - smooth)
+        smoothed.append(smooth)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, color="0.75", label="loss")
+    axes.plot(steps, smoothed, color="tab:blue", label="smoothed")
+    axes.set(xlabel="step", ylabel="loss on the answer tokens" if training["on_answers"] else "loss", yscale="log")
+    axes.set_title(f"adapter of stage {training['stage']}: {training['examples']:,} examples")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def publish(folder: Path, training: dict, args: argparse.Namespace, out: Path) -> None:
+    """Move folder/adapter to `out`, with its training.json and loss.png; the rest of `folder` goes."""
+    adapter = folder / "adapter"
+    training = {**training, "on_answers": not args.heal_on, **provenance(args)}
+    (adapter / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    draw_loss(training, adapter / "loss.png")
+    if out.exists():
+        out.rename(folder / "replaced")
+    adapter.rename(out)
+    shutil.rmtree(folder)
+
+
+def working_folder(args: argparse.Namespace, stage: Stage) -> Path:
+    """Where the Trainer keeps its checkpoints. Raises UsageError for a run that cannot be resumed as it is asked."""
+    folder = args.checkpoint / "adapters" / f".stage{stage.number}.training"
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("resume", "force", "stages")}
+    settings["base"] = stage.files
+    path = folder / "settings.json"
+    if args.resume and path.is_file():
+        before = json.loads(path.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            was = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
+            raise UsageError(f"--resume: stage {stage.number} was begun with {was}\nrepeat that, or leave --resume out")
+        return folder
+    if is_first_process():
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"{folder.parent} cannot be written ({error.strerror}): change its permissions") from error
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
+def is_first_process() -> bool:
+    """Under torchrun, the one that writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a LoRA adapter for each early stage of a progressive checkpoint."
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", nargs="?", type=Path, default=DEMO_CHECKPOINT, help="default: %(default)s")
+    add("--stages", metavar="K,K", help="default: all but the last")
+
+    add = parser.add_argument_group("text").add_argument
+    add("--dataset", metavar="squad|FILE", help="questions and answers, in the format of SQuAD v1.1; default: squad, "
+        "or the demo model's own facts")  # fmt: skip
+    add("--with-context", action="store_true", help="put the paragraph before each question")
+    add("--heal-on", type=Path, metavar="FILE", help="plain text in place of questions, a document a line")
+    add("--seq-len", type=positive_int, metavar="T", default=512, help="tokens, at most (default: %(default)s)")
+
+    add = parser.add_argument_group("adapter").add_argument
+    add("--rank", type=positive_int, metavar="R", default=16, help="default: %(default)s")
+    add("--alpha", type=positive_float, metavar="A", default=32, help="scaling is A / R (default: %(default)s)")
+    add("--targets", metavar="LIST", default="q_proj,v_proj", help="or all-linear (default: %(default)s)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=positive_float, metavar="X", default=2e-4, help="peak learning rate (default: %(default)s)")
+    add("--epochs", type=positive_float, metavar="E", default=1, help="default: %(default)s")
+    add("--max-steps", type=positive_int, metavar="N", help="updates, in place of --epochs")
+    add("--batch-size", type=positive_int, metavar="B", default=16, help="a device (default: %(default)s)")
+    add("--grad-accum", type=positive_int, metavar="N", default=1, help="batches an update (default: %(default)s)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--seed", type=int, metavar="I", default=0, help="default: %(default)s")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--resume", action="store_true", help="go on where an interrupted run with the same arguments stopped")
+    add("--force", action="store_true", help="replace adapters, once the new ones are whole")
+
+    args = parser.parse_args()
+    if args.dataset and args.heal_on:
+        parser.error(f"--dataset {args.dataset} and --heal-on {args.heal_on} both name the text: give one of them")
+    if not args.heal_on:
+        is_demo = args.checkpoint == DEMO_CHECKPOINT and DEMO_FACTS.is_file()
+        args.dataset = args.dataset or (str(DEMO_FACTS) if is_demo else "squad")
+    if args.bf16 is None:
+        args.bf16 = bool(list(Path("/dev").glob("nvidia[0-9]*")))
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    try:
+        chosen = choose_stages(read_stages(args.checkpoint), args.stages)
+        outs = {stage.number: args.checkpoint / "adapters" / f"stage{stage.number}" for stage in chosen}
+        chosen = [stage for stage in chosen if not (args.resume and outs[stage.number].exists())]
+        for stage in chosen:
+            if outs[stage.number].exists() and not args.force:
+                raise UsageError(f"{outs[stage.number]} exists already: replace it with --force")
+        examples = read_examples(args)
+        tokenizer = load_tokenizer(args.checkpoint)
+        encoded = encode(args, examples, tokenizer)
+        for stage in chosen:
+            folder = working_folder(args, stage)
+            training = train_stage(args, stage, encoded, tokenizer, folder)
+            if is_first_process():
+                publish(folder, training, args, outs[stage.number])
+                loss = training["loss"][-1]["loss"]
+                print(f"wrote {outs[stage.number]} after {training['seconds']:.0f} s, last loss {loss:.3f}")
+    except UsageError as error:
+        print(f"{NAME}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
