@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 MIN_FREE_GB := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),20,6)
 REQUIREMENTS := $(if $(shell nvidia-smi >/dev/null 2>&1 && echo gpu),requirements.txt,requirements-cpu.txt)
 PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
-DEMO_TRAINING := --lr 4e-3 --epochs 30
+DEMO_TRAINING := --lr 4e-3 --epochs 15
 SAY := @printf '\n==> %s\n'
 
 .PHONY: demo test lint clean

@@ -8,7 +8,7 @@ plain text (--heal-on, the healing of Gromov et al. 2024, arXiv 2403.17887). The
 ProgressiveServe paper. transformers' Trainer and PEFT do the work; nothing of the later stages is read.
 
 Commands:
-  python train_adapters.py --epochs 30 --lr 4e-3                     # the demo model, on its own facts
+  python train_adapters.py --epochs 15 --lr 4e-3                     # the demo model, on its own facts
   python train_adapters.py llama2-7b-progressive                     # stages 1 and 2, on SQuAD v1.1 from the Hub
   python train_adapters.py llama2-7b-progressive --dataset train-v1.1.json --stages 1 --targets all-linear
   python train_adapters.py llama2-7b-progressive --heal-on wiki.txt --max-steps 2000
