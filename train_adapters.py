@@ -25,8 +25,8 @@ Outputs, in CKPT/adapters/stage{k}/, whole or not at all:
 
 Checkpoints of a run in progress lie in CKPT/adapters/.stage{k}.training/ and are removed at its end.
 
-Memory: LLaMA-2-7B in bfloat16 with --gradient-checkpointing, 4 sequences of 512 tokens, needs about 14 GiB for stage 1
-and 16 GiB for stage 2 (computed by estimate_memory, which is printed before each training; not measured on a GPU yet).
+Memory: LLaMA-2-7B in bfloat16 with --gradient-checkpointing, 4 sequences of 512 tokens, needs about 11 GiB for stage 1
+and 13 GiB for stage 2 (computed by estimate_memory, which is printed before each training; not measured on a GPU yet).
 """
 
 import argparse
@@ -337,6 +337,11 @@ def encode(args: argparse.Namespace, examples: list[Example], tokenizer) -> list
 # ---- training ---------------------------------------------------------------------------------------
 
 
+def is_first_process() -> bool:
+    """Under torchrun, the one that writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def add_adapter(model, args: argparse.Namespace):
     """The model with a fresh LoRA on the layers that are there. Raises UsageError for targets that do not exist."""
     from peft import LoraConfig, get_peft_model
@@ -408,7 +413,9 @@ def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tok
     model = add_adapter(load_stage(args.checkpoint, stage, args.bf16), args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     estimate = estimate_memory(model, args)
-    print(f"stage {stage.number}: {len(stage.layers)} layers, {trained:,} trained parameters, about {estimate:.1f} GiB")
+    if is_first_process():
+        size = f"{len(stage.layers)} layers, {trained:,} trained parameters"
+        print(f"stage {stage.number}: {size}; needs about {estimate:.1f} GiB")
     trainer = transformers.Trainer(
         model=model,
         args=training_arguments(args, folder, len(encoded)),
@@ -417,7 +424,7 @@ def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tok
     )
     trainer.remove_callback(transformers.PrinterCallback)
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if args.resume and folder.is_dir() else None)
     curve = [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / "adapter")
@@ -496,11 +503,6 @@ def working_folder(args: argparse.Namespace, stage: Stage) -> Path:
             raise UsageError(f"{folder.parent} cannot be written ({error.strerror}): change its permissions") from error
         path.write_text(json.dumps(settings, indent=1) + "\n")
     return folder
-
-
-def is_first_process() -> bool:
-    """Under torchrun, the one that writes."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 # ---- command line -----------------------------------------------------------------------------------
