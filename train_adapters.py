@@ -400,6 +400,18 @@ def training_arguments(args: argparse.Namespace, folder: Path, num_examples: int
     )
 
 
+def loss_on_progress_bar():
+    """transformers' progress bar, with the loss on it rather than a line for each."""
+    from transformers.trainer_callback import ProgressCallback
+
+    class LossOnBar(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and "loss" in logs:
+                self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    return LossOnBar()
+
+
 def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tokenizer, folder: Path) -> dict:
     """Train the adapter of `stage`, from the last checkpoint in `folder` if there is one; write it to folder/adapter.
 
@@ -422,7 +434,8 @@ def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tok
         train_dataset=encoded,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+    trainer.add_callback(loss_on_progress_bar())
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if args.resume and folder.is_dir() else None)
     curve = [{"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row]
