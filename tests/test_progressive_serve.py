@@ -637,7 +637,7 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 
     (read, first, streamed, bound, min_stage), expected = STAGES_AT_THE_START[case]
     journal = progressive_serve.Journal(tmp_path / "journal")
-    config = {"journal": str(journal.path), "hold_stage": 3, "min_stage": min_stage}
+    config = {"journal": str(journal.path), "hold_stage": 3, "min_stage": min_stage, "adapters": []}
     vllm_config = SimpleNamespace(
         load_config=SimpleNamespace(model_loader_extra_config=config),
         model_config=SimpleNamespace(model=split_tiny),

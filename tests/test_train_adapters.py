@@ -140,9 +140,10 @@ def test_healing_and_every_linear_layer(checkpoint, tmp_path):
 # ---- interrupted runs -------------------------------------------------------------------------------
 
 
-def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, tmp_path):
-    options = ["--dataset", str(dataset), "--stages", "1", *QUICK, "--max-steps", "40"]
-    whole = Path(shutil.copytree(checkpoint, tmp_path / "whole" / "checkpoint"))
+def test_interrupted_and_resumed_is_uninterrupted(demo_checkpoint, tmp_path):
+    facts = ROOT / "demo" / "model" / "facts" / "train.json"
+    options = ["--dataset", str(facts), "--stages", "1", "--max-steps", "60", "--lr", "0.004"]
+    whole, checkpoint = (Path(shutil.copytree(demo_checkpoint, tmp_path / name)) for name in ("whole", "killed"))
     assert run_script(TRAIN, whole, *options).returncode == 0
     killed = subprocess.Popen([sys.executable, str(TRAIN), str(checkpoint), *options], start_new_session=True)
     working = checkpoint / "adapters" / ".stage1.training"
@@ -152,13 +153,13 @@ def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, tmp_path)
     assert killed.wait() == -signal.SIGKILL
     assert not (checkpoint / "adapters" / "stage1").exists()
     done = run_script(TRAIN, checkpoint, *options, "--lr", "5", "--resume")
-    assert done.returncode == 2 and "--lr 0.01" in done.stderr
+    assert done.returncode == 2 and "--lr 0.004" in done.stderr
     done = run_script(TRAIN, checkpoint, *options, "--resume")
     assert done.returncode == 0, done.stderr
     names = [folder / "adapters" / "stage1" / "adapter_model.safetensors" for folder in (whole, checkpoint)]
     assert names[0].read_bytes() == names[1].read_bytes()
     curves = [json.loads(name.with_name("training.json").read_text())["loss"] for name in names]
-    assert curves[0] == curves[1] and len(curves[0]) == 40
+    assert curves[0] == curves[1] and len(curves[0]) == 60
     assert not working.exists()
 
 
