@@ -1380,9 +1380,10 @@ class StagedWeights:
         """Pack lm_head, and let go of the unpacked weight, which vLLM keeps, where nothing needs it."""
         head, dtype = self.model.lm_head, self.model.logits_processor.head_dtype
         pack(head)
-        is_tied = head is self.model.model.embed_tokens
-        if closure_of(head.cpu_linear) and not is_tied and dtype in (None, head.weight.dtype):
-            head.weight.data = torch.empty(0, dtype=head.weight.dtype)
+        is_packed = closure_of(head.cpu_linear) and head is not self.model.model.embed_tokens
+        if is_packed and dtype in (None, head.weight.dtype):
+            # a new parameter: that of tied embeddings is shared
+            head.weight = nn.Parameter(torch.empty(0, dtype=head.weight.dtype), requires_grad=False)
 
     def make_room(self, module: nn.Module) -> None:
         """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""

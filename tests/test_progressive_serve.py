@@ -21,7 +21,7 @@ import requests
 import torch
 from conftest import ROOT, SERVER, SPLIT, add_adapter, load_stage, make_llama, run_script
 from peft import PeftModel
-from transformers import AutoTokenizer, MistralForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 PROBE = Path(__file__).with_name("engine_probe.py")
 SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20)]
@@ -150,9 +150,14 @@ def test_stage_equals_transformers_with_pass_layers(probed_float32, stage, demo_
     assert tokens(probed_float32[f"stage{stage}"]) == stage_answers(demo_checkpoint, stage, prompts)
 
 
-def test_mistral(tmp_path):
-    """Another class of model and of layer than LLaMA's, with the same gate."""
-    model = make_llama(tmp_path / "model", MistralForCausalLM, num_hidden_layers=4)
+@pytest.mark.parametrize(
+    "model_class, config",
+    [(MistralForCausalLM, {}), (LlamaForCausalLM, {"tie_word_embeddings": True})],
+    ids=["mistral", "tied embeddings"],
+)
+def test_other_models(model_class, config, tmp_path):
+    """Another class of model and of layer than LLaMA's, with the same gate; a model without an lm_head of its own."""
+    model = make_llama(tmp_path / "model", model_class, num_hidden_layers=4, **config)
     checkpoint = tmp_path / "checkpoint"
     assert run_script(SPLIT, model, checkpoint, "--layers", "1-2").returncode == 0
     prompts = [f"Number {number}? It is written here more than once, so that a block fills." for number in range(8)]
