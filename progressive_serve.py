@@ -64,6 +64,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1597,6 +1598,20 @@ def adopt_omp_settings() -> None:
         os.sched_setaffinity(thread, [int(core)])
 
 
+def release_port(port: int) -> None:
+    """In a forked child: let go of the server's socket.
+
+    vLLM looks at shutdown for another process on its port, and fails where it finds its own worker, ended a moment ago.
+    """
+    with open(os.devnull) as nothing:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if Path(f"/proc/self/fd/{fd}").is_socket():
+                with socket.socket(fileno=os.dup(fd)) as inherited:
+                    internet, address = inherited.family in (socket.AF_INET, socket.AF_INET6), inherited.getsockname()
+                if internet and address[1] == port:
+                    os.dup2(nothing.fileno(), fd)  # not closed: no other file is to get its number
+
+
 class LazyZeros(torch.overrides.TorchFunctionMode):
     """torch.zeros for the KV cache of a CPU worker: pages that the kernel zeroes when they are first touched.
 
@@ -1933,6 +1948,7 @@ def main() -> int:
     LAUNCH.journal.mark("imported")
     try:
         args = server_args(LAUNCH, VLLM_ARGV)
+        os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
         uvloop.run(run_server(args))
         failure = LAUNCH.start_failure()
         if not failure:

@@ -351,6 +351,17 @@ class Server:
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **options}
         return requests.post(f"{self.url}/v1/completions", json=body, timeout=60, stream=body.get("stream", False))
 
+    def listeners(self) -> list[int]:
+        """The processes of the server that hold its port: with a worker among them, vLLM may fail at shutdown."""
+        server = psutil.Process(self.process.pid)
+        port = int(self.url.rpartition(":")[2])
+        return [
+            process.pid
+            for process in (server, *server.children(recursive=True))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        ]
+
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -386,6 +397,7 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
         assert "active" not in [row["state"] for row in progress["stages"]][1:]
         at_stage_1 = server.complete(prompts[:8], return_token_ids=True)
         assert at_stage_1.headers["X-Progressive-Stage"] == "1"
+        assert server.listeners() == [server.process.pid]
         found = [choice["token_ids"] for choice in at_stage_1.json()["choices"]]
         assert found == tokens(probed_float32["stage1"][:8])
 
