@@ -990,7 +990,7 @@ def print_answers(trials: list[dict]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a result file. Raises UsageError now rather than after an hour of trials."""
+    """Make the folder of a result file. Raises UsageError now rather than after an hour of work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

@@ -238,8 +238,10 @@ def read_triviaqa(path: Path, text: str) -> list[Question]:
         where = f"Data[{number}]"
         answer = of(of(row, dict, where).get("Answer"), dict, f"{where}.Answer")
         aliases = list(of(answer.get("Aliases", []), list, f"{where}.Answer.Aliases"))
-        aliases = aliases or [of(answer.get("Value"), str, f"{where}.Answer.Value")]
+        aliases = aliases or [answer.get("Value")]
         accepted = [*answer.get("NormalizedAliases", aliases), *answer.get("HumanAnswers", [])]
+        for alias in [*aliases, *accepted]:
+            of(alias, str, f"an alias or the Value in {where}.Answer")
         name = of(row.get("QuestionId"), str, f"{where}.QuestionId")
         questions.append(make_question(name, of(row.get("Question"), str, f"{where}.Question"), aliases, accepted))
     return questions
@@ -408,6 +410,8 @@ async def wait_for_first_token(session: aiohttp.ClientSession, server: OwnServer
         server.check()
         try:
             async with session.post("/v1/completions", json=body | {"stream": True}) as response:
+                if 400 <= response.status < 500:
+                    raise UsageError(f"the server refuses the request: {(await response.text())[:300]}")
                 if response.status == 200:
                     async for line in response.content:
                         if line.startswith(b"data:"):
@@ -433,6 +437,10 @@ async def wait_for_stage(session: aiohttp.ClientSession, server: OwnServer, stag
 # ---- asking -----------------------------------------------------------------------------------------
 
 
+# What a response without a completion leads to.
+NO_COMPLETION = (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError)
+
+
 class GaveUp(Exception):
     """A request that the server could not answer, after all attempts."""
 
@@ -453,7 +461,7 @@ async def ask(session: aiohttp.ClientSession, body: dict, stage: int | None) -> 
         except aiohttp.ClientConnectorError as error:
             failure = ServerError(f"nobody listens at {error.host}:{error.port} any more")
             continue
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError, TypeError) as error:
+        except NO_COMPLETION as error:
             failure = GaveUp(f"no completion in the response: {error!r}")
             continue
         if stage is not None and served != str(stage):
@@ -706,6 +714,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a result file. Raises UsageError now rather than after an hour of work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written ({error.strerror}): name another file") from error
+
+
 def collect(args: argparse.Namespace, questions: list[Question]) -> tuple[list[Row], Kept | None]:
     """The answers of every row, and where they have been kept meanwhile. Raises UsageError, ServerError."""
     if args.predictions:
@@ -728,7 +747,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that our servers are ended as well
     try:
         questions = read_questions(args.data, args.limit)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.json)
         rows, kept = collect(args, questions)
     except UsageError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)

@@ -131,7 +131,7 @@ SYNTHETIC_CHAT_TEMPLATE = (
 
 
 class UsageError(Exception):
-    """A mistake of the user's: its text names the value and the way out."""
+    """Bad input: the message names the value and the way out. Scripts exit with code 2."""
 
 
 @dataclass(frozen=True)

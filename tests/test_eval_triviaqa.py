@@ -139,6 +139,10 @@ MALFORMED = {
     "no JSON": ('{"Data": [\n}', "line 2"),
     "no Data": ({"data": []}, "Data is missing"),
     "no answer": ({"Data": [{"Question": "?", "QuestionId": "a"}]}, "Data[0].Answer"),
+    "an alias that is no text": (
+        {"Data": [{"Question": "?", "QuestionId": "a", "Answer": {"Aliases": [3]}}]},
+        "Data[0]",
+    ),
     "no id": ({"Data": [{"Question": "?", "Answer": {"Value": "x"}}]}, "Data[0].QuestionId"),
     "the same id twice": ({"Data": TRIVIAQA["Data"] + TRIVIAQA["Data"][:1]}, "q1"),
     "no question at all": ({"Data": []}, "holds no question"),
@@ -253,6 +257,13 @@ def test_a_request_that_is_refused_is_the_users_to_mend(tmp_path):
     done, result = evaluate(tmp_path, "--base-url", server.url)
     assert (done.returncode, result) == (2, None)
     assert "refuses" in done.stderr
+
+
+def test_a_result_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    server = Fake(lambda question, times: (200, {}))
+    done, _ = evaluate(tmp_path, "--base-url", server.url, "--json", "/proc/nowhere/result.json")
+    assert done.returncode == 2
+    assert "/proc/nowhere/result.json" in done.stderr and not server.asked
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("prune_and_split", "train_adapters", "progressive_serve", "bench_coldstart", "eval_triviaqa")
-COPIED = ("versions", "machine", "commit", "provenance", "positive_int")
+COPIED = ("UsageError", "versions", "machine", "commit", "provenance", "positive_int", "free_port", "check_writable")
 
 
 def definitions() -> dict[str, dict[str, str]]:
-    """name -> script -> source text of the functions at the top level."""
+    """name -> script -> source text of the functions and classes at the top level."""
     found = defaultdict(dict)
     for script in SCRIPTS:
         text = (ROOT / f"{script}.py").read_text()
         for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found[node.name][script] = ast.get_source_segment(text, node)
     return found
 
