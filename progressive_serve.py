@@ -840,10 +840,10 @@ class Launch:
     plan: Plan
     hold_stage: int
     min_stage: int
-    adapters: list[int]  # stages that have one
     journal: Journal
     buffer: str  # path of the weight buffer
     reader: subprocess.Popen
+    adapters: list[int] = field(default_factory=list)  # stages that have one
     start_stage: int | None = None  # do not begin above it
     closing: bool = False
     on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is bound
@@ -912,7 +912,6 @@ def start_reading(
             raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
         if not 1 <= min_stage <= hold_stage:
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
-        with_adapter = [stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage] if adapters else []
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -934,9 +933,15 @@ def start_reading(
     command = [sys.executable, __file__, READER_COMMAND, json.dumps(asdict(job))]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
-    launch = Launch(plan, hold_stage, min_stage, with_adapter, journal, buffer, reader)
+    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
     atexit.register(launch.close)
+    if adapters:  # looked at while storage works already
+        try:
+            launch.adapters = [stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage]
+        except UsageError:
+            launch.close()
+            raise
     return launch
 
 
@@ -1256,10 +1261,10 @@ class StagedWeights:
                         self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
                     else:
                         self.copy(group, target)
-                    give_back_memory()
                     for stage in group:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.complete[self.model.model.norm].set()
+                    give_back_memory()
             self.scratch = None
         except Exception as error:
             logger.exception("binding stage %d failed", group[-1].number)
