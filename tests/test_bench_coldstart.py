@@ -1,5 +1,6 @@
 """bench_coldstart.py: what "cold" means is enforced, what is written is what was measured."""
 
+import itertools
 import json
 import mmap
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -115,13 +117,16 @@ def steps_of(log, listening, ttft, timeline=()):
 
 def test_result_of_a_real_run(split_tiny, tmp_path):
     out = tmp_path / "results" / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8", "--json", out]
+    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8,1x4,2x8", "--json", out]
     done = run_script(BENCH, "--checkpoint", split_tiny, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     (trial,) = result["trials"]
     assert trial["mode"] == "progressive" and trial["cold"] is True and trial["read_mbps"] == 0
-    assert 0 < trial["ttft"] <= trial["full"] and "loader_mbps" in trial and trial["throughput"] > 0
+    assert 0 < trial["ttft"] <= trial["full"] and "loader_mbps" in trial
+    assert {load: len(samples) for load, samples in trial["throughput"].items()} == {"2x8": 2, "1x4": 1}
+    assert min(itertools.chain.from_iterable(trial["throughput"].values())) > 0
+    assert "2x8: " in done.stdout
     assert sum(trial["steps"].values()) == pytest.approx(trial["ttft"])
     assert min(trial["steps"][step] for step in (FRAMEWORK, TOKENIZER, FIRST_TOKEN)) > 0
     assert trial["peak_pss"] > 200e6  # torch alone
@@ -197,7 +202,8 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     command = [sys.executable, "-c", script]
     log_path = tmp_path / "logs" / "server.log"
     log_path.parent.mkdir()
-    with bench_coldstart.trial_server(command, log_path.parent, False, log_path) as server:
+    args = SimpleNamespace(checkpoint=log_path.parent, unverified_cold=False, ray=False)
+    with bench_coldstart.trial_server(command, args, False, log_path) as server:
         while len(server.lines) < 1 or server.peak_pss < 50_000_000:
             assert server.process.poll() is None
             time.sleep(0.05)
@@ -233,12 +239,19 @@ def test_checkpoint_that_stays_cached_is_refused(split_tiny, tmp_path):
     folder = Path("/dev/shm") / f"test-bench-{os.getpid()}"
     try:
         subprocess.run(["cp", "-r", str(split_tiny), str(folder)], check=True)
-        done = run_script(BENCH, "--checkpoint", folder, "--trials", "1", "--json", tmp_path / "cold.json")
+        options = ["--checkpoint", folder, "--mode", "stage1", "--trials", "1", "--json", tmp_path / "cold.json"]
+        done = run_script(BENCH, *options)
+        assert done.returncode == 2
+        assert "model-stage1.safetensors" in done.stderr and "page cache" in done.stderr
+        assert not (tmp_path / "cold.json").exists()
+        done = run_script(BENCH, *options, "--unverified-cold")
     finally:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
-    assert done.returncode == 2
-    assert "model-stage1.safetensors" in done.stderr and "page cache" in done.stderr
-    assert not (tmp_path / "cold.json").exists()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "not verified to be cold" in done.stdout
+    (row,) = json.loads((tmp_path / "cold.json").read_text())["trials"]
+    assert row["cold"] == "unverified"
+    assert row["mode"] == "stage1" and row["stage_seconds"].keys() == {"1"} and row["full"] is None
 
 
 @needs_controller
@@ -258,7 +271,8 @@ def test_read_limit_holds_the_server_process(tmp_path):
 
 
 def test_bandwidth_is_measured_on_a_cold_file(split_tiny):
-    assert bench_coldstart.sequential_mbps(split_tiny, 0.0, None) > 0
+    args = SimpleNamespace(checkpoint=split_tiny, unverified_cold=False)
+    assert bench_coldstart.sequential_mbps(args, 0.0, None) > 0
     first = json.loads((split_tiny / "progressive.json").read_text())["stages"][0]["files"][0]["name"]
     assert bench_coldstart.cached_bytes(split_tiny / first) >= (split_tiny / first).stat().st_size
 
@@ -361,17 +375,20 @@ def make_result(trials, bandwidth=None):
 
 
 def test_summary_is_made_of_medians_and_floors():
-    trials = [trial("baseline", 100, ttft, throughput=200.0) for ttft in (19.0, 30.0, 20.0)]
+    trials = [trial("baseline", 100, ttft, throughput={"8x9": [200.0]}) for ttft in (19.0, 30.0, 20.0)]
     trials += [trial("baseline-fork", 100, 16.0)]
     for ttft in (9.0, 10.0, 90.0):
-        trials.append(trial("progressive", 100, ttft, full=12.0, throughput=198.0, stage_seconds={"1": ttft - 1}))
+        rates = {"8x9": [198.0, 210.0, 150.0], "1x9": [9.0]}
+        trials.append(trial("progressive", 100, ttft, full=12.0, throughput=rates, stage_seconds={"1": ttft - 1}))
     trials += [trial("warm", None, ttft) for ttft in (5.0, 6.0, 7.0)]
     baseline, _, progressive, warm = bench_coldstart.summarise(make_result(trials))
     assert (baseline["trials"], baseline["ttft"], baseline["floor"]) == (3, 20.0, 10.0)  # 1 GB at 100 MB/s
     assert (progressive["ttft"], progressive["stage1"], progressive["floor"]) == (10.0, 9.0, 8.0)
     assert progressive["ttft_over_floor"] == 1.25
     assert (progressive["ttft_over_baseline"], progressive["ttft_over_fork"]) == (0.5, 0.625)
-    assert (progressive["full_over_fork"], progressive["throughput_over_baseline"]) == (0.75, 0.99)
+    assert progressive["full_over_fork"] == 0.75
+    assert progressive["throughput"] == {"8x9": 198.0, "1x9": 9.0}
+    assert progressive["throughput_over_baseline"] == {"8x9": 0.99}
     assert warm["ttft"] == 6.0 and "floor" not in warm and warm["ttft_over_baseline"] is None
 
 
@@ -508,18 +525,19 @@ def test_modes_that_cannot_run_here_name_the_way_out(monkeypatch):
         ("instanttensor", "pip install instanttensor"),
     ):
         with pytest.raises(UsageError, match=package):
-            bench_coldstart.choose_modes(f"baseline,{mode}")
-    assert bench_coldstart.choose_modes("all") == ["progressive", "baseline", "baseline-fork", "warm", "baseline-warm"]
+            bench_coldstart.choose_modes(f"baseline,{mode}", 3)
+    runnable = ["progressive", "baseline", "baseline-fork", "warm", "baseline-warm"]
+    assert bench_coldstart.choose_modes("all", 3) == runnable
     with pytest.raises(UsageError, match="pip install ray"), bench_coldstart.ray_cluster():
         pass
     monkeypatch.setattr(bench_coldstart.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UsageError, match="fastsafetensors loads onto a GPU"):
-        bench_coldstart.choose_modes("fastsafetensors")
+        bench_coldstart.choose_modes("fastsafetensors", 3)
     monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
     with pytest.raises(UsageError, match="vLLM forks by itself"):
-        bench_coldstart.choose_modes("baseline-fork")
-    assert "baseline-fork" not in bench_coldstart.choose_modes("all")
-    assert "instanttensor" in bench_coldstart.choose_modes("all")
+        bench_coldstart.choose_modes("baseline-fork", 3)
+    assert "baseline-fork" not in bench_coldstart.choose_modes("all", 3)
+    assert "instanttensor" in bench_coldstart.choose_modes("all", 3)
 
 
 def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
@@ -538,13 +556,14 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--checkpoint", "{checkpoint}", "--json", "/proc/no/such.json"], "/proc/no/such.json"),
         (["--trials", "0"], "--trials 0"),
         (["--trials", "-1", "--predict", "x.json"], "--trials -1"),
-        (["--mode", "fast"], "fast"),
-        (["--mode", "baseline,nonsense"], "nonsense"),
+        (["--checkpoint", "{checkpoint}", "--mode", "fast"], "fast"),
+        (["--checkpoint", "{checkpoint}", "--mode", "baseline,nonsense"], "nonsense"),
+        (["--checkpoint", "{checkpoint}", "--mode", "stage3"], "stage3"),
         (["--sweep", "25,abc"], "abc"),
         (["--sweep", "25,-50"], "-50"),
         (["--read-mbps", "-1"], "-1"),
         (["--read-mbps", "5", "--sweep", "5,10"], "--read-mbps 5"),
-        (["--throughput", "8by256"], "8by256"),
+        (["--throughput", "1x8,8by256"], "8by256"),
         (["--throughput", "0x256"], "0x256"),
         (["--stretch", "-2"], "--stretch -2"),
         (["--plot", "/no/such.json"], "/no/such.json"),

@@ -1,9 +1,11 @@
 """progressive_serve.py against stock vLLM and plain transformers, on the trained demo model, and over HTTP."""
 
+import asyncio
 import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -579,10 +581,13 @@ def test_bad_arguments(arguments, named, split_tiny):
 def test_unsupported_vllm_is_named(monkeypatch):
     import progressive_serve
 
-    monkeypatch.setattr(progressive_serve.vllm, "__version__", "0.9.1")
-    for platform, supported in (("cpu", r"0\.32 to 0\.32"), ("cuda", r"0\.26 to 0\.32")):
-        monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type=platform))
-        with pytest.raises(progressive_serve.UsageError, match=r"0\.9\.1.*" + supported):
+    monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type="cuda"))
+    for version in ("0.26.0", "0.31.1rc2", "0.32.0"):
+        monkeypatch.setattr(progressive_serve.vllm, "__version__", version)
+        progressive_serve.check_vllm()
+    for version in ("0.9.1", "0.25.1", "0.33.0", "1.0.0"):
+        monkeypatch.setattr(progressive_serve.vllm, "__version__", version)
+        with pytest.raises(progressive_serve.UsageError, match=re.escape(version) + r".* 0\.26 to 0\.32"):
             progressive_serve.check_vllm()
     monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type="tpu"))
     with pytest.raises(progressive_serve.UsageError, match="tpu"):
@@ -597,6 +602,46 @@ def test_help_is_readable_on_80_columns():
     assert done.returncode == 0
     assert "--hold-stage" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_requests_are_told_when_the_engine_has_ended(begun, monkeypatch):
+    """vLLM may let them wait, and its server with them, until the client gives up."""
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve, "ENGINE_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progressive_serve, "LAST_WORDS_SECONDS", 0.01)
+    sent, cancelled, engine = [], [], SimpleNamespace(errored=False)
+    start = {"type": "http.response.start", "status": 200}
+
+    async def never_ending(scope, receive, send):
+        if begun:
+            await send(start)
+        engine.errored = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(True)
+
+    async def send(message):
+        sent.append(message)
+
+    async def ask():
+        middleware = progressive_serve.ProgressMiddleware(never_ending)
+        decided = asyncio.Event()
+        decided.set()
+        state = {"decided": decided, "switching": asyncio.Lock(), "progress": SimpleNamespace(stage=1, error=None)}
+        middleware.controller = SimpleNamespace(engine=engine, **state)
+        middleware.transitions = asyncio.create_task(asyncio.Event().wait())
+        middleware.engine_ended = asyncio.create_task(middleware.end_with_engine())
+        await middleware({"type": "http", "path": "/v1/completions", "method": "POST"}, None, send)
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    assert cancelled == [True]
+    assert [message.get("status") for message in sent if message["type"] == start["type"]] == [200 if begun else 503]
+    bodies = b"".join(message.get("body", b"") for message in sent)
+    assert (b"" if begun else b"shutting down") in bodies and bool(bodies) != begun
 
 
 def test_progress_follows_the_journal(split_tiny, tmp_path):
