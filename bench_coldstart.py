@@ -644,13 +644,13 @@ def prompt_ids(checkpoint: Path, length: int, salt: int) -> list[int]:
     return [(7919 * (salt + 1) + 613 * number) % vocab_size for number in range(length)]
 
 
-def watch_tokens(url: str, checkpoint: Path, ended: threading.Event) -> list[list[float]]:
-    """Keep one stream of tokens running until `ended`. Returns perf_counter per token, for each stream."""
+def watch_tokens(url: str, checkpoint: Path, number: int, ended: threading.Event) -> list[list[float]]:
+    """Keep a stream of tokens running until `ended`. Returns perf_counter per token, for each that there was."""
     window = requests.get(f"{url}/v1/models", timeout=START_TIMEOUT).json()["data"][0]["max_model_len"]
     streams = []
     while not ended.is_set():
         streams.append([])
-        prompt = prompt_ids(checkpoint, WATCH_PROMPT, len(streams))
+        prompt = prompt_ids(checkpoint, WATCH_PROMPT, 1000 * number + len(streams))
         for token in stream_completion(url, prompt, max_tokens=window // 2, ignore_eos=True):
             if token["text"] is not None:
                 streams[-1].append(token["at"])
@@ -662,7 +662,7 @@ def watch_tokens(url: str, checkpoint: Path, ended: threading.Event) -> list[lis
 def gaps_at_transitions(streams: list[list[float]], timeline: list[dict]) -> list[dict]:
     """Per transition that a stream lived through: its largest gap, beside the median of all. Seconds, one clock.
 
-    `tokens` is the length of the running prompt then, which the server has to compute again.
+    `tokens` are the lengths of the running prompts then, which the server has to compute again.
     """
     gaps = [gap for stream in streams for gap in itertools.pairwise(stream)]
     rows = []
@@ -673,7 +673,7 @@ def gaps_at_transitions(streams: list[list[float]], timeline: list[dict]) -> lis
         running = [stream for stream in streams if stream and stream[0] < begin < stream[-1]]
         near = [after - before for before, after in gaps if after > begin and before < end + GAP_WINDOW]
         if running and near:
-            tokens = WATCH_PROMPT + sum(at < begin for at in running[0])
+            tokens = [WATCH_PROMPT + sum(at < begin for at in stream) for stream in running]
             median = statistics.median(after - before for before, after in gaps)
             row = {"stage": event["stage"], "seconds": end, "pause": event["pause"], "tokens": tokens}
             rows.append({**row, "largest_gap": max(near), "median_gap": median})
@@ -681,22 +681,23 @@ def gaps_at_transitions(streams: list[list[float]], timeline: list[dict]) -> lis
 
 
 def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) -> tuple[list[dict], dict, list[dict]]:
-    """follow_stages() while a stream of tokens runs. Returns (its rows, /progress, a row per transition)."""
+    """follow_stages() while streams of tokens run. Returns (its rows, /progress, a row per transition)."""
     ended = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch_tokens, url, args.checkpoint, ended)
+    with ThreadPoolExecutor(args.watch_gaps) as pool:
+        watching = [pool.submit(watch_tokens, url, args.checkpoint, n, ended) for n in range(args.watch_gaps)]
         try:
             rows, progress = follow_stages(server, url, args.prompt, first, silent=True)
             time.sleep(GAP_WINDOW)  # the last transition's own gap
         finally:
             ended.set()
-    streams = [[at - server.spawned for at in stream] for stream in watching.result()]
-    gaps = gaps_at_transitions(streams, progress["timeline"])
-    for number, gap in enumerate(gaps):  # what the running prompt costs to compute again, at the last stage
-        prompt = prompt_ids(args.checkpoint, gap["tokens"], -2 - number)
-        again = ask(url, prompt, max_tokens=1)
-        gap["recompute"] = again["token_at"] - again["asked"]
-        gap["beyond_recompute"] = gap["largest_gap"] - gap["recompute"]
+        streams = [[at - server.spawned for at in stream] for watcher in watching for stream in watcher.result()]
+        gaps = gaps_at_transitions(streams, progress["timeline"])
+        salts = itertools.count(2)
+        for gap in gaps:  # what the running prompts cost to compute again, at the last stage
+            prompts = [prompt_ids(args.checkpoint, length, -next(salts)) for length in gap["tokens"]]
+            again = list(pool.map(lambda prompt: ask(url, prompt, max_tokens=1), prompts))
+            gap["recompute"] = max(one["token_at"] for one in again) - min(one["asked"] for one in again)
+            gap["beyond_recompute"] = gap["largest_gap"] - gap["recompute"]
     return rows, progress, gaps
 
 
@@ -1009,7 +1010,7 @@ def print_gaps(trials: list[dict]) -> None:
         print(
             f"{mode}, transition to stage {gap['stage']} at {gap['seconds']:.1f} s: largest gap"
             f" {gap['largest_gap']:.3f} s (median {gap['median_gap']:.3f}); paused {gap['pause']:.3f} s,"
-            f" {gap['tokens']} tokens recomputed in {gap['recompute']:.3f} s"
+            f" {sum(gap['tokens'])} tokens of {len(gap['tokens'])} streams recomputed in {gap['recompute']:.3f} s"
         )
 
 
@@ -1285,6 +1286,12 @@ def choose_modes(text: str, stages: int) -> list[str]:
     return modes
 
 
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive whole number")
+    return int(text)
+
+
 def bandwidth(text: str) -> float:
     value = float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
     if value is None:
@@ -1322,8 +1329,8 @@ def parse_args() -> argparse.Namespace:
         "after the last stage, output tokens/s of S streams of T tokens each; one that is named twice is repeated"
     )
     add("--throughput", type=loads, default=[], metavar="SxT,...", help=throughput)
-    gaps = "keep a stream of tokens running through the transitions, and report the gaps in it"
-    add("--watch-gaps", action="store_true", help=gaps)
+    gaps = "keep N streams of tokens (default: 1) running through the transitions, and report the gaps in them"
+    add("--watch-gaps", type=positive_int, nargs="?", const=1, default=0, metavar="N", help=gaps)
     add = parser.add_argument_group("servers").add_argument
     add("--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode (default: "{SERVER_ARGS}")')
     add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")

@@ -1,7 +1,7 @@
 """What the engine does, written down as JSON for the tests. Runs in a process of its own, with the engine inside it.
 
     python engine_probe.py stages CKPT DTYPE OUT.json      # stock, 1 -> 2 -> 3, in flight, everything at once
-    python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile, with compilations counted
+    python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
 
 An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
 """
@@ -19,6 +19,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from torch._dynamo.utils import counters
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -128,11 +129,33 @@ def compilations() -> dict[str, int]:
     }
 
 
+def kernels(llm: LLM, prompt: str) -> int:
+    """Kernels that one answer takes: on a GPU all, in CUDA graphs as well; on a CPU those that inductor has made."""
+    with torch.profiler.profile() as trace:
+        ask(llm, [prompt])
+    on_gpu = torch.cuda.is_available()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA if on_gpu else "cpp_fused" in event.name
+        for event in trace.events()
+    )
+
+
+def graphs_and_addresses(llm: LLM) -> dict[str, list[int]]:
+    """What must stay where it is in a fixed graph: CUDA graphs, gates, on a GPU the weights too."""
+
+    def of(model) -> list[int]:
+        fixed = [gated.gate for gated in model.staged_weights.gates.values()]
+        return [tensor.data_ptr() for tensor in (*fixed, *(model.parameters() if torch.cuda.is_available() else ()))]
+
+    graphs = [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
+    return {"graphs": sorted(map(id, graphs)), "addresses": llm.apply_model(of)[0]}
+
+
 def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
     """Stock first, so that its compiled graph lies in the cache, where it must not be mistaken for the gated one."""
     options = {**ENGINE, "dtype": "float32"}
     llm = LLM(checkpoint, **options)
-    found = {"stock": ask(llm, prompts)}
+    found = {"stock": ask(llm, prompts), "kernels_stock": kernels(llm, prompts[0])}
     close(llm)
 
     llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
@@ -144,6 +167,8 @@ def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
             llm.stages.advance()
         found[f"stage{stage}"] = ask(llm, prompts)
         found[f"compilations{stage}"] = compilations()
+        found[f"fixed{stage}"] = graphs_and_addresses(llm)
+        found[f"kernels{stage}"] = kernels(llm, prompts[0])
     close(llm)
     return found
 

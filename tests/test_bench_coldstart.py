@@ -407,9 +407,22 @@ def test_gap_of_a_transition_is_the_largest_one_near_it():
         {"event": "active", "stage": 3, "seconds": 9.0, "pause": 0.1},  # no stream lived then
     ]
     (gap,) = bench_coldstart.gaps_at_transitions(streams, timeline)
-    assert (gap["stage"], gap["pause"], gap["tokens"]) == (2, 0.2, bench_coldstart.WATCH_PROMPT + 3)
+    assert (gap["stage"], gap["pause"], gap["tokens"]) == (2, 0.2, [bench_coldstart.WATCH_PROMPT + 3])
     assert gap["largest_gap"] == pytest.approx(1.0)  # from 2.0 to 3.0, which began within a second
     assert gap["median_gap"] == pytest.approx(0.1)
+
+
+def test_gaps_of_streams_in_flight(split_tiny, tmp_path):
+    options = ["--mode", "progressive", "--trials", "1", "--stretch", "25", "--watch-gaps", "2"]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--json", tmp_path / "cold.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads((tmp_path / "cold.json").read_text())["trials"]
+    assert {gap["stage"] for gap in row["gaps"]} == {2, 3}
+    for gap in row["gaps"]:
+        assert 1 <= len(gap["tokens"]) <= 2 and min(gap["tokens"]) > bench_coldstart.WATCH_PROMPT
+        assert 0 < gap["median_gap"] <= gap["largest_gap"]
+        assert gap["beyond_recompute"] == gap["largest_gap"] - gap["recompute"]
+    assert "2 streams recomputed" in done.stdout
 
 
 # ---- prediction -------------------------------------------------------------------------------------
@@ -563,6 +576,7 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--sweep", "25,-50"], "-50"),
         (["--read-mbps", "-1"], "-1"),
         (["--read-mbps", "5", "--sweep", "5,10"], "--read-mbps 5"),
+        (["--watch-gaps", "0"], "--watch-gaps: 0"),
         (["--throughput", "1x8,8by256"], "8by256"),
         (["--throughput", "0x256"], "0x256"),
         (["--stretch", "-2"], "--stretch -2"),

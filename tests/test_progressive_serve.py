@@ -241,16 +241,20 @@ def test_bad_adapter(case, split_tiny, tmp_path):
 # ---- the gate in a fixed graph ----------------------------------------------------------------------
 
 
-def test_no_transition_compiles(split_tiny, tmp_path):
+def test_no_transition_changes_the_graph(split_tiny, tmp_path):
     """With an adapter in stage 1, whose weights are packed anew into the memory that the graph reads."""
     checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
     adapter = add_adapter(checkpoint, 1, "all-linear")
     prompts = [f"Question number {number}: why?" for number in range(8)]
-    found = run_probe(tmp_path, "compiled", checkpoint, prompts=prompts, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}
+    found = run_probe(tmp_path, "compiled", checkpoint, prompts=prompts, **env)
     assert found["gate_selects"] and all(found["gate_selects"])
     assert found["compilations1"]["stats.unique_graphs"] > 0  # it did compile, and it was counted
-    assert found["compilations2"] == found["compilations1"]
-    assert found["compilations3"] == found["compilations1"]
+    assert found["compilations1"] == found["compilations2"] == found["compilations3"]
+    assert found["fixed1"]["addresses"] and found["fixed1"] == found["fixed2"] == found["fixed3"]
+    assert len(found["fixed1"]["graphs"]) > 0 or not torch.cuda.is_available()
+    assert found["kernels_stock"] > 0  # the gate is part of kernels that are there anyway:
+    assert [found[f"kernels{stage}"] for stage in (1, 2, 3)] == 3 * [found["kernels_stock"]]
     assert found["stage3"] == found["stock"]
     assert tokens(found["stage1"]) == stage_answers(checkpoint, 1, prompts, adapter)
     assert tokens(found["stage2"]) == stage_answers(checkpoint, 2, prompts)
