@@ -51,9 +51,10 @@ Commands:
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
 Output: a table, and one JSON file with `summary` (medians), `trials` (raw samples, timelines, answers), `bandwidth`
-(dd), `loader_alone` (what our reader reads without a server around it), the arguments, versions, machine and commit,
-written after every trial, so that a run that is cut keeps its samples. Beside it FILE-timeline.png, and FILE-ttft.png
-where there is more than one bandwidth.
+(dd), `loader_alone` (what our reader reads without a server around it), `host_to_device` (copies from pinned memory to
+a GPU, where there is one), all in MB/s, the arguments, versions, machine and commit, written after every trial, so that
+a run that is cut keeps its samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one
+bandwidth.
 """
 
 import argparse
@@ -205,6 +206,17 @@ BaseModelLoader.load_model = adopt_omp_settings_and_load
 args = cli_args.make_arg_parser(FlexibleArgumentParser(prog="baseline-fork")).parse_args()
 cli_args.validate_parsed_serve_args(args)
 uvloop.run(run_server(args))
+"""
+# In a process of its own, so that this one does not hold the GPU. Prints MB/s of the last of a few copies of 1 GiB.
+COPY_TO_GPU = """
+import time, torch
+host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+for _ in range(4):
+    began = time.perf_counter()
+    host.to("cuda")
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+print(len(host) / 1e6 / seconds)
 """
 
 
@@ -842,12 +854,20 @@ def loader_alone_mbps(args: argparse.Namespace) -> float:
     return stage_bytes(args.checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
 
 
+def host_to_device_mbps() -> float:
+    """What copying from pinned memory to the GPU reaches, in MB/s."""
+    done = subprocess.run([sys.executable, "-c", COPY_TO_GPU], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
 def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, result: dict) -> None:
     """Add samples of what dd reads; where the disk is as it is, side by side with what the loader reads."""
     for _ in range(1 if mbps else STORAGE_SAMPLES):
         result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args, mbps, procs))
         if not mbps:
             result.setdefault("loader_alone", []).append(loader_alone_mbps(args))
+    if HAS_GPU:
+        result.setdefault("host_to_device", []).append(host_to_device_mbps())
 
 
 def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
@@ -994,6 +1014,8 @@ def print_table(result: dict) -> None:
             print(f"loader alone reads stage 1 at {alone:.1f} MB/s, {alone / dd:.2f} of dd")
         print_throughput(points)
         print_gaps([row for row in result["trials"] if row["read_mbps"] == mbps])
+    if copies := result.get("host_to_device"):
+        print(f"\ncopies from pinned memory to the GPU: {statistics.median(copies):.0f} MB/s")
     print_answers(result["trials"])
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -29,6 +30,7 @@ import progressive_serve
 ENGINE = {"max_model_len": 1024, "max_num_seqs": 64, "kv_cache_memory_bytes": 256 << 20, "seed": 0}
 ANSWER_TOKENS = 12
 FLIGHT_TOKENS = 96
+START_READING = progressive_serve.start_reading
 
 
 def sampling(tokens: int) -> SamplingParams:
@@ -80,6 +82,13 @@ def ask_while_it_arrives(checkpoint: str, options: dict, prompts: list[str]) -> 
     return {"events_before": events, "answers": answers}
 
 
+def read_whole(*args, **options) -> progressive_serve.Launch:
+    """start_reading() that returns when everything has arrived."""
+    launch = START_READING(*args, **options)
+    launch.reader.wait()
+    return launch
+
+
 def close(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -107,7 +116,8 @@ def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
 
     found["streamed"] = ask_while_it_arrives(checkpoint, options, prompts)
 
-    llm = progressive_serve.load_llm(checkpoint, **options)
+    with mock.patch.object(progressive_serve, "start_reading", read_whole):
+        llm = progressive_serve.load_llm(checkpoint, **options)
     found["at_once_stage"] = llm.stages.stage
     found["at_once"] = ask(llm, prompts)
     close(llm)

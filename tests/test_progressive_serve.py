@@ -383,15 +383,15 @@ def journal_of(reader: psutil.Process) -> Path:
     return Path(json.loads(reader.cmdline()[-1])["journal"])
 
 
-def slowly(checkpoint: Path) -> list[str]:
+def slowly(checkpoint: Path, seconds: float = 10) -> list[str]:
     """Options to read the whole checkpoint in 10 s, so that a test can hold the reader between two stages."""
     total = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    return ["--limit-read-mbps", f"{total / 1e6 / 10:.3f}"]
+    return ["--limit-read-mbps", f"{total / 1e6 / seconds:.3f}"]
 
 
 def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_path):
     """Reads so slowly that the test can hold it: stage 1, both transitions under a streaming request, stage 3."""
-    server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint), "--dtype", "float32")
+    server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint, 5), "--dtype", "float32")
     try:
         reader = server.hold_reader()
         journal = journal_of(reader)
@@ -739,7 +739,7 @@ print(torch.get_num_threads(), os.sched_getaffinity(0) == {cores[0]}, {cores[1]}
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", forked_worker], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout.split() == ["2", "True", "True"], done.stdout + done.stderr
+    assert done.stdout.split()[-3:] == ["2", "True", "True"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
