@@ -1299,9 +1299,9 @@ class StagedWeights:
                 self.finish(current)
                 self.make_room(module)
                 current = module
-            if self.bound_with(name) in again:
-                self.originals[name] = tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
             with self.copying:
+                if self.bound_with(name) in again:
+                    self.originals[name] = tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
                 weight = self.merge(name, tensor, target)
                 yield name, weight.pin_memory() if self.device.type == "cuda" and weight is tensor else weight
         self.finish(current)
