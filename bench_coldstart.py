@@ -46,7 +46,7 @@ Commands:
     python bench_coldstart.py --mode all --checkpoint CKPT --sweep 25,50,100,200,0 --throughput 8x256      # root
     python bench_coldstart.py --mode progressive --checkpoint CKPT --read-mbps 50 --watch-gaps             # root
     python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096" --ray
-    python bench_coldstart.py --mode baseline,stage1,progressive --checkpoint CKPT --throughput 8x256,64x256,8x256
+    python bench_coldstart.py --mode baseline,progressive --checkpoint CKPT --throughput 8x256,8x256 --side-by-side
     python bench_coldstart.py --checkpoint OTHER --predict results/sweep.json --trials 0 --sweep 25,100
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
@@ -465,7 +465,7 @@ def trial_server(command: list[str], args: argparse.Namespace, cold: bool, log_p
         drop_cache(args.checkpoint, not args.unverified_cold)
     else:
         fill_cache(checkpoint_files(args.checkpoint))
-    config, pipe = log_path.with_name("logging.json"), log_path.with_name("output")
+    config, pipe = log_path.with_suffix(".json"), log_path.with_suffix(".pipe")
     config.write_text(json.dumps(LOGGING_CONFIG))
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
@@ -762,13 +762,17 @@ def step_seconds(intervals: list[dict]) -> dict[str, float]:
 # ---- a run: every mode at every bandwidth, in turns -------------------------------------------------
 
 
-def run_trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path | None, log_path: Path) -> dict:
-    """One start of one server. Returns the trial's row of the result file; times in seconds since the spawn."""
+@contextlib.contextmanager
+def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path | None, log_path: Path):
+    """One start of one server. Yields (URL, row of the result file, complete at the end) when its last stage is active.
+
+    Times in seconds since the spawn.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
-    cold, timeline = mode not in WARM, []
+    cold, timeline = mode not in WARM and not args.side_by_side, []
     with trial_server(in_group(procs, command), args, cold, log_path) as server:
         first = first_answer(server, url, port, args.prompt)
         listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
@@ -783,12 +787,23 @@ def run_trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Pa
                 row["answers"], progress = follow_stages(server, url, args.prompt, start, silent=not args.stretch)
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
-        for load in args.throughput:
-            row.setdefault("throughput", {}).setdefault(load, []).append(measure_throughput(url, load))
+        yield url, row
     lines = [(at - server.spawned, line) for at, line in server.lines]
     row["intervals"] = split_steps(lines, timeline, listening, ttft)
     row["steps"] = step_seconds(row["intervals"])
-    return row | {"peak_pss": server.peak_pss or None, "command": shown}
+    row |= {"peak_pss": server.peak_pss or None, "command": shown}
+
+
+def run_together(
+    modes: list[str], mbps: float | None, args: argparse.Namespace, procs: Path | None, logs: Path
+) -> list[dict]:
+    """A trial of each mode, all of them up together: their rows. At each load they take turns in being measured."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(trial(mode, mbps, args, procs, logs / f"{mode}.log")) for mode in modes]
+        for number, load in enumerate(args.throughput):
+            for url, row in rotate(running, number):
+                row.setdefault("throughput", {}).setdefault(load, []).append(measure_throughput(url, load))
+    return [row for _, row in running]
 
 
 def describe_progress(progress: dict, ttft: float) -> dict:
@@ -810,9 +825,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rotate(modes: list[str], places: int) -> list[str]:
-    places %= max(1, len(modes))
-    return modes[places:] + modes[:places]
+def rotate(items: list, places: int) -> list:
+    places %= max(1, len(items))
+    return items[places:] + items[:places]
 
 
 def schedule(modes: list[str], bandwidths: list[float], trials: int) -> list[tuple[float | None, list[str]]]:
@@ -870,7 +885,7 @@ def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, r
         result.setdefault("host_to_device", []).append(host_to_device_mbps())
 
 
-def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
+def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     """Every trial of the run, into `result`, which is written after each of them."""
     turns = schedule(args.modes, args.bandwidths, args.trials)
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
@@ -878,13 +893,14 @@ def run_trials(args: argparse.Namespace, result: dict, log_path: Path) -> None:
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
             if mbps is not None and f"{mbps:g}" not in result["bandwidth"]:
                 measure_storage(args, mbps, procs, result)
-            for mode in modes:
-                bar.set_postfix_str(f"{mode} is starting{at_bandwidth(mbps)}")
-                row = run_trial(mode, mbps, args, procs, log_path)
-                result["trials"].append(row)
+            for together in [modes] if args.side_by_side else [[mode] for mode in modes]:
+                bar.set_postfix_str(f"{', '.join(together)} is starting{at_bandwidth(mbps)}")
+                rows = run_together(together, mbps, args, procs, logs)
+                result["trials"] += rows
                 write_result(args.json, result)
-                bar.update()
-                tqdm.write(f"{mode}{at_bandwidth(mbps)}: first token after {row['ttft']:.2f} s")
+                for row in rows:
+                    bar.update()
+                    tqdm.write(f"{row['mode']}{at_bandwidth(mbps)}: first token after {row['ttft']:.2f} s")
             if mbps is not None and mbps not in [later for later, _ in turns[number + 1 :]]:
                 measure_storage(args, mbps, procs, result)
                 write_result(args.json, result)
@@ -1351,6 +1367,8 @@ def parse_args() -> argparse.Namespace:
         "after the last stage, output tokens/s of S streams of T tokens each; one that is named twice is repeated"
     )
     add("--throughput", type=loads, default=[], metavar="SxT,...", help=throughput)
+    beside = "all modes' servers are up together and take turns, for throughput alone: their starts are not cold"
+    add("--side-by-side", action="store_true", help=beside)
     gaps = "keep N streams of tokens (default: 1) running through the transitions, and report the gaps in them"
     add("--watch-gaps", type=positive_int, nargs="?", const=1, default=0, metavar="N", help=gaps)
     add = parser.add_argument_group("servers").add_argument
@@ -1374,6 +1392,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--read-mbps {args.read_mbps:g} together with --sweep: put it into the list")
     if args.trials < (0 if args.predict else 1):
         parser.error(f"--trials {args.trials}: at least one (0 together with --predict)")
+    if args.side_by_side and not args.throughput:
+        parser.error("--side-by-side is for --throughput: name a load, for example 8x256")
     if args.stretch < 0:
         parser.error(f"--stretch {args.stretch:g}: seconds, 0 or more")
     return args
@@ -1382,7 +1402,7 @@ def parse_args() -> argparse.Namespace:
 # ---- main -------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, log_path: Path) -> None:
+def run(args: argparse.Namespace, logs: Path) -> None:
     """All that was asked for: trials, predictions, table, plots."""
     if args.plot:
         print(*draw_plots(read_result(args.plot, "--plot"), args.plot), sep="\n")
@@ -1399,7 +1419,7 @@ def run(args: argparse.Namespace, log_path: Path) -> None:
         check_writable(args.json)
     if args.trials:
         with ray_cluster() if args.ray else contextlib.nullcontext():
-            run_trials(args, result, log_path)
+            run_trials(args, result, logs)
         print_table(result)
     if source:
         add_predictions(result, source, args.bandwidths)
@@ -1414,21 +1434,22 @@ def run(args: argparse.Namespace, log_path: Path) -> None:
 def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed benchmark stops its server as well
-    log_path = Path(tempfile.mkdtemp(prefix="bench-coldstart-")) / "server.log"
+    logs = Path(tempfile.mkdtemp(prefix="bench-coldstart-"))
     try:
-        run(args, log_path)
+        run(args, logs)
     except UsageError as error:
         print(f"bench_coldstart.py: error: {error}", file=sys.stderr)
-        shutil.rmtree(log_path.parent)
+        shutil.rmtree(logs)
         return 2
     except (RuntimeError, requests.RequestException) as error:
+        log_path = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         print(f"{tail}\nbench_coldstart.py: error: {error}; its log: {log_path}", file=sys.stderr)
         return 1
     except SystemExit:  # killed: what was measured so far is in the JSON
-        shutil.rmtree(log_path.parent)
+        shutil.rmtree(logs)
         raise
-    shutil.rmtree(log_path.parent)
+    shutil.rmtree(logs)
     return 0
 
 

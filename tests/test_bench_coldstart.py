@@ -195,6 +195,29 @@ def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
     assert not out.exists()
 
 
+def test_servers_side_by_side_take_turns(split_tiny, tmp_path):
+    out = tmp_path / "cold.json"
+    options = [
+        "--mode",
+        "stage1,progressive",
+        "--trials",
+        "1",
+        "--throughput",
+        "2x8,1x4",
+        "--side-by-side",
+        "--json",
+        out,
+    ]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(out.read_text())["trials"]
+    assert [(row["mode"], row["cold"], row["throughput"].keys()) for row in rows] == [
+        ("stage1", False, {"2x8", "1x4"}),
+        ("progressive", False, {"2x8", "1x4"}),
+    ]
+    assert all(sum(row["steps"].values()) == pytest.approx(row["ttft"]) for row in rows)
+
+
 def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     """A stand-in for a server: two lines with a pause between them, 50 MB, and a child that outlives it."""
     script = "import subprocess, time; subprocess.Popen(['sleep', '100']); held = b'1' * 50_000_000\n"
@@ -577,6 +600,7 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--read-mbps", "-1"], "-1"),
         (["--read-mbps", "5", "--sweep", "5,10"], "--read-mbps 5"),
         (["--watch-gaps", "0"], "--watch-gaps: 0"),
+        (["--side-by-side"], "--throughput"),
         (["--throughput", "1x8,8by256"], "8by256"),
         (["--throughput", "0x256"], "0x256"),
         (["--stretch", "-2"], "--stretch -2"),
