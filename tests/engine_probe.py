@@ -73,7 +73,7 @@ def ask_while_it_arrives(checkpoint: str, options: dict, prompts: list[str]) -> 
     """Stage 1, asked before a byte of it is there: the forward pass waits layer by layer."""
     launch = progressive_serve.start_reading(checkpoint, hold_stage=1, limit_mbps=2.0, start=time.monotonic())
     launch.reader.send_signal(signal.SIGSTOP)
-    llm = LLM(**progressive_serve.engine_options(launch), **options)
+    llm = LLM(**progressive_serve.engine_options(launch, options), **options)
     llm.collective_rpc("progressive_activate", args=(1,))
     events = [event["event"] for event in launch.journal.follow()]
     threading.Timer(1.0, launch.reader.send_signal, [signal.SIGCONT]).start()

@@ -26,7 +26,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 PROBE = Path(__file__).with_name("engine_probe.py")
-SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(256 << 20)]
+SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16"]
+KV_CACHE = ["--kv-cache-memory-bytes", str(256 << 20)]
 
 
 # ---- fixtures ---------------------------------------------------------------------------------------
@@ -310,10 +311,11 @@ def free_port() -> int:
 class Server:
     """progressive_serve.py as a user starts it."""
 
-    def __init__(self, checkpoint: Path, log: Path, *options: str):
+    def __init__(self, checkpoint: Path, log: Path, *options: str, kv_cache=KV_CACHE):
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        command = [sys.executable, str(SERVER), str(checkpoint), "--port", str(port), *SERVER_OPTIONS, *options]
+        command = [sys.executable, str(SERVER), str(checkpoint), "--port", str(port), *SERVER_OPTIONS]
+        command += [*kv_cache, *options]
         with open(log, "wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -496,6 +498,57 @@ def test_min_stage(split_tiny, tmp_path):
         assert server.complete("Hello").headers["X-Progressive-Stage"] == "2"
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def held_memory(size: int):
+    """Another process that holds and uses so many bytes."""
+    code = f"import mmap, time; memory = mmap.mmap(-1, {size}); memory.write(bytes({size})); print(); time.sleep(900)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+def test_server_starts_while_others_hold_memory(split_tiny, tmp_path):
+    """vLLM by itself wants 92 % of the machine's memory, or does not start."""
+    with held_memory(2 << 30):
+        server = Server(split_tiny, tmp_path / "log", kv_cache=())
+        try:
+            server.wait_for(server.answers)
+            assert server.complete("Hello").headers["X-Progressive-Stage"] == "3"
+        finally:
+            assert server.stop() == 0
+
+
+KV_CACHE_SIZES = {
+    # GiB free beside the weights, options -> GiB
+    "no more than 4 GiB": ((100, {}), 4),
+    "half of what is free": ((6, {}), 3),
+    "shared by two workers": ((6, {"tensor_parallel_size": 2}), 1.5),
+    "one long sequence": ((100, {}), 16),
+    "one long sequence does not fit": ((20, {}), 10),
+    "nothing is left": ((-1, {}), 0),
+    "said in bytes": ((6, {"kv_cache_memory_bytes": 1 << 30}), None),
+    "said as a share": ((6, {"gpu_memory_utilization": 0.5}), None),
+}
+
+
+@pytest.mark.parametrize("case", KV_CACHE_SIZES)
+def test_size_of_the_kv_cache_on_a_cpu(case, copied, monkeypatch):
+    import progressive_serve
+    from vllm.utils import cpu_resource_utils
+
+    (free, options), expected = KV_CACHE_SIZES[case]
+    plan = progressive_serve.read_plan(copied)
+    memory = SimpleNamespace(available_memory=int(free * 2**30) + sum(stage.bytes for stage in plan.stages))
+    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda node: memory)
+    if "one long sequence" in case:  # K and V of 4 layers, 2 heads of 32 numbers, 4 bytes each
+        edit_config(copied, max_position_embeddings=(16 << 30) // (2 * 4 * 4 * 2 * 32))
+    found = progressive_serve.cpu_kv_cache_bytes(plan, options)
+    assert found == (None if expected is None else int(expected * 2**30))
 
 
 # ---- bad input --------------------------------------------------------------------------------------
