@@ -43,7 +43,6 @@ timeline.
 import argparse
 import array
 import asyncio
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -62,6 +61,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -70,6 +70,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,14 +90,17 @@ QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small 
 OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
 GROWTH_SECONDS = 10.0  # how long a file that is being copied to its place may stand still
 NEVER = (1 << 63) - 1  # largest int64
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
 CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
+STALLED_SECONDS = 24 * 3600  # that a step may take, which waits for its weights while storage stalls; vLLM ends at 300
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
 URI_SCHEMES = ("s3://", "gs://")
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
 ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
+PARENT_POLL_SECONDS = 0.2  # how often the reader looks whether the server still lives
 ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still lives
 LAST_WORDS_SECONDS = 1.0  # for what vLLM itself answers when its engine has died
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
@@ -117,6 +121,9 @@ UNSUPPORTED_OPTIONS = {
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
     "api_server_count": 1,
+    "cpu_offload_gb": 0,  # this and the next two move the weights while they are being filled
+    "offload_group_size": 0,
+    "enable_sleep_mode": False,
     "load_format": "auto",
     "model_loader_extra_config": {},
     "worker_extension_cls": "",
@@ -248,10 +255,13 @@ class Adapter:
         """The name of part "A" or "B" for a weight in the adapter's file."""
         return f"base_model.model.{weight.removesuffix('.weight')}.lora_{part}.weight"
 
-    def load(self, weight: str) -> list["torch.Tensor"]:
-        """A [rank, in_features] and B [out_features, rank] for a weight."""
+    def load(self) -> dict[str, list["torch.Tensor"]]:
+        """A [rank, in_features] and B [out_features, rank] for each weight, in float32 on the CPU."""
         with safe_open(self.path, framework="pt") as file:
-            return [file.get_tensor(self.name_of(weight, part)) for part in "AB"]
+            return {
+                weight: [file.get_tensor(self.name_of(weight, part)).float() for part in "AB"]
+                for weight in self.weights
+            }
 
 
 def read_adapters(plan: Plan) -> dict[int, Adapter]:
@@ -424,33 +434,44 @@ def process_start() -> float:
     return time.monotonic() - age
 
 
+def memory_file(name: str) -> tuple[int, str]:
+    """A file in memory: its descriptor, and the path at which others find it as long as that is open here."""
+    descriptor = os.memfd_create(name)
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
 class Journal:
     """An append-only file of JSON lines: {"event", "at" (time.monotonic() seconds), ...}.
 
     Every process on the machine appends whole lines with one write and follows from where it was, so there is no
-    lock, no RPC, and nothing to lose when one of them dies.
+    lock, no RPC, and nothing to lose when one of them dies. The file lies in memory (see memory_file), where no full
+    disk and no cleaner of temporary folders reaches it. Whoever follows has a Journal of its own.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.file = open(path, "a+b", buffering=0)
         self.offset = 0
-        self.events: list[dict] = []
 
     def mark(self, event: str, at: float | None = None, **fields) -> None:
         line = json.dumps({"event": event, "at": time.monotonic() if at is None else at, **fields}) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode())
+        self.file.write(line.encode())
 
     def follow(self) -> list[dict]:
-        """Events since the last call; they are kept in `self.events` as well."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        new = [json.loads(line) for line in whole.splitlines()]
-        self.events += new
+        """Events since the last call."""
+        new, self.offset = self.read(self.offset)
         return new
+
+    def read(self, offset: int = 0) -> tuple[list[dict], int]:
+        """The events from `offset` on, and where the last whole line ends."""
+        data = os.pread(self.file.fileno(), os.fstat(self.file.fileno()).st_size - offset, offset)
+        whole = data[: data.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+
+def without_folders(text: str) -> str:
+    """Paths and URIs cut down to file names: GET /progress tells everybody, as GET /health does."""
+    return re.sub(r"[^\s'\"]*/", "", text)
 
 
 @dataclass
@@ -467,7 +488,7 @@ class Progress:
     read: dict[str, int] = field(default_factory=dict)  # file name -> bytes read
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
-    binding: dict[int, int] = field(default_factory=dict)  # rank -> the stage that it is binding first
+    first_stage: int = 0  # that the workers bind first, as the first of them has decided; 0 before that
     streamed: bool = False  # whether the forward pass waits for each layer by itself
     active_at: dict[int, float] = field(default_factory=dict)
     failed: int | None = None  # the stage that cannot be reached, after an error
@@ -486,13 +507,13 @@ class Progress:
         elif event == "resident":
             self.resident.add(fields["stage"])
         elif event == "binding":
-            self.binding.setdefault(fields["rank"], fields["stage"])
-            self.streamed = fields["streamed"]
+            self.first_stage, self.streamed = fields["stage"], fields["streamed"]
         elif event == "bound":
             self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
         elif event == "active":
             self.stage = fields["stage"]
         elif event == "error":
+            fields["text"] = without_folders(fields["text"])
             self.error = self.error or fields["text"]
             self.failed = min(self.failed or self.plan.num_stages, fields["stage"])
         for stage in range(1, min(self.stage, self.bound_stage()) + 1):
@@ -509,10 +530,6 @@ class Progress:
     def resident_stage(self) -> int:
         """The most complete stage whose bytes have all arrived."""
         return sum(1 for _ in itertools.takewhile(self.resident.__contains__, itertools.count(1)))
-
-    def first_stage(self) -> int:
-        """The stage that every worker has begun to bind first: all that was resident then; 0 before that."""
-        return min(self.binding.values()) if len(self.binding) >= self.ranks else 0
 
     def seconds_until_resident(self, stage: int) -> float:
         """Until the last byte of `stage` has arrived, at the pace so far."""
@@ -628,6 +645,8 @@ def round_up(count: int, multiple: int) -> int:
 class ReadJob:
     """What the reader process is started with; travels as JSON on its command line."""
 
+    parent: int  # process id of the server
+    scratch: str  # folder that goes with the server, if it is there
     root: str
     source: str
     keep: bool
@@ -642,7 +661,7 @@ class StageReader:
     """Reads the stage files into the buffer, in order, and verifies them. Runs as a process of its own.
 
     Its own process, because the imports of the server hold Python's lock for up to a second at a time (dlopen), and
-    storage must not wait for that. Gives up when the server that started it is gone.
+    storage must not wait for that. Ends when the server that started it is gone.
     """
 
     def __init__(self, job: ReadJob):
@@ -749,7 +768,7 @@ def read_object(uri: str, place: memoryview, turn: Callable) -> Iterator[int]:
 
 
 class Pace:
-    """When a chunk may be read: in the window, below the limit, not too many at once, and only while the server lives.
+    """When a chunk may be read: in the window, below the limit, not too many at once.
 
     On their way at once is what the storage has lately delivered in QUEUE_SECONDS: a fast disk always has work queued,
     and on a slow one the imports of the server, which read many small files, do not wait behind megabytes of ours.
@@ -757,7 +776,7 @@ class Pace:
 
     def __init__(self, buffer: WeightBuffer, window: int, limit: float):
         self.buffer, self.window, self.limit = buffer, window, limit  # window in bytes; limit in bytes/s, 0: none
-        self.parent, self.due = os.getppid(), 0.0
+        self.due = 0.0
         self.lock, self.finished = threading.Lock(), threading.Condition()
         self.waiting: set[int] = set()  # where the chunks begin that may be read now; the first of them goes first
         self.on_their_way = 0  # bytes
@@ -772,8 +791,6 @@ class Pace:
             due = self.due
         while time.monotonic() < due or offset + end - self.buffer.released() > self.window:
             time.sleep(POLL_SECONDS)
-            if os.getppid() != self.parent:
-                os._exit(1)
         with self.finished:
             self.waiting.add(offset + begin)
             self.finished.wait_for(lambda: offset + begin == min(self.waiting) and self.has_room(size))
@@ -837,6 +854,27 @@ class CacheCopy:
                 os.unlink(self.partial.name)
 
 
+def end_with_server(job: ReadJob) -> None:
+    """End this process when the server has ended, however that was, and remove what it has left behind.
+
+    Not by PR_SET_PDEATHSIG, which goes by the thread that has started the process: that of load_llm may end early.
+    """
+    while os.getppid() == job.parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    shutil.rmtree(job.scratch, ignore_errors=True)
+    os._exit(1)
+
+
+def run_reader(job: ReadJob) -> int:
+    """The reader process. Returns its exit status; where there is a scratch folder it stays as long as the server."""
+    guard = threading.Thread(target=end_with_server, args=(job,), daemon=True)
+    guard.start()
+    status = StageReader(job).run()
+    if status == 0 and os.path.isdir(job.scratch):
+        guard.join()
+    return status
+
+
 @dataclass
 class Launch:
     """The reader process, the weight buffer and the journal of one server."""
@@ -847,6 +885,8 @@ class Launch:
     journal: Journal
     buffer: str  # path of the weight buffer
     reader: subprocess.Popen
+    memory: list[int]  # descriptors of the buffer and of the journal
+    scratch: Path  # folder for the small files of a checkpoint in an object store, if it is one
     adapters: list[int] = field(default_factory=list)  # stages that have one
     start_stage: int | None = None  # do not begin above it
     closing: bool = False
@@ -855,11 +895,12 @@ class Launch:
     def watch_reader(self) -> None:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
         _, stderr = self.reader.communicate()
-        if self.closing or self.reader.returncode == 0:
-            return
-        if not self.error():
+        events = self.events()
+        resident = sum(event["event"] == "resident" for event in events)
+        if self.closing or self.reader.returncode == 0 or resident == self.hold_stage:
+            return  # once everything is resident, and verified, nobody needs it any more
+        if not any(event["event"] == "error" for event in events):
             reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]
-            resident = sum(event["event"] == "resident" for event in self.journal.events)
             text = (
                 f"the reader process stopped at stage {resident + 1} (exit status {self.reader.returncode}): {reason}"
             )
@@ -867,21 +908,24 @@ class Launch:
         if failure := self.start_failure():
             self.on_failure(failure)
 
-    def error(self) -> str | None:
-        """What went wrong, if anything, according to the journal."""
-        self.journal.follow()
-        return next((event["text"] for event in self.journal.events if event["event"] == "error"), None)
+    def events(self) -> list[dict]:
+        """Everything that has happened so far."""
+        return self.journal.read()[0]
 
     def start_failure(self) -> str | None:
         """The error that kept the server from serving any stage, if there was one."""
-        error = self.error()
-        bound = [event["stage"] for event in self.journal.events if event["event"] == "bound"]
-        return None if max(bound, default=0) >= self.min_stage else error
+        progress = Progress(self.plan)
+        progress.fold(self.events())
+        served = min(progress.stage, progress.bound_stage(), progress.reachable_stage())
+        return None if served >= self.min_stage else progress.error
 
     def close(self) -> None:
+        """End the reader and give the memory back. Once, however often it is called."""
         self.closing = True
         self.reader.terminate()
-        shutil.rmtree(self.journal.path.parent, ignore_errors=True)
+        while self.memory:
+            os.close(self.memory.pop())
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def loader_config(self) -> dict:
         """What the model loader and the controller need to know, as vLLM's --model-loader-extra-config."""
@@ -906,9 +950,9 @@ def start_reading(
     start: float,
 ) -> Launch:
     """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters."""
-    folder = Path(tempfile.mkdtemp(prefix="progressive-serve-"))
+    scratch = Path(tempfile.gettempdir()) / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
     try:
-        location = locate(checkpoint, cache_dir, folder)
+        location = locate(checkpoint, cache_dir, scratch)
         plan = read_plan(location.root)
         check_files(plan, location)
         hold_stage = plan.num_stages if hold_stage is None else hold_stage
@@ -917,18 +961,19 @@ def start_reading(
         if not 1 <= min_stage <= hold_stage:
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
-    journal = Journal(folder / "journal.jsonl")
+    (of_journal, journal_path), (of_buffer, buffer) = map(memory_file, ("progressive-journal", "progressive-weights"))
+    journal = Journal(journal_path)
     journal.mark("start", at=start)
-    memory = os.memfd_create("progressive-weights")  # stays open as long as this process lives
-    buffer = f"/proc/{os.getpid()}/fd/{memory}"
     WeightBuffer(buffer, plan).open_for(cache=location.keep)
     job = ReadJob(
+        parent=os.getpid(),
+        scratch=str(scratch),
         root=str(location.root),
         source=location.source,
         keep=location.keep,
-        journal=str(journal.path),
+        journal=journal_path,
         buffer=buffer,
         window=window_of(plan),
         hold_stage=hold_stage,
@@ -937,9 +982,8 @@ def start_reading(
     command = [sys.executable, __file__, READER_COMMAND, json.dumps(asdict(job))]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
-    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader)
+    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader, [of_buffer, of_journal], scratch)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
-    atexit.register(launch.close)
     if adapters:  # looked at while storage works already
         try:
             launch.adapters = [stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage]
@@ -1009,11 +1053,17 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def exit_at_once(text: str) -> None:
-    """The checkpoint turned out bad while this process was still importing: nothing to clean up but the journal."""
-    print(f"{NAME}: error: {text}", file=sys.stderr, flush=True)
-    LAUNCH.close()
-    os._exit(2)
+def end_before_ready(failure: str | None = None, number: int = 0) -> None:
+    """End a server that does not serve yet: for a checkpoint that turned out bad, or for a signal.
+
+    At once, with the processes that it has started (they end with it), and not by an exception, which the imports or
+    the event loop might catch.
+    """
+    if failure:
+        print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
+    if LAUNCH:
+        LAUNCH.close()
+    os._exit(128 + number if number else 2)
 
 
 # ---- early start: storage works while the rest of this file is still being imported -----------------
@@ -1021,18 +1071,20 @@ def exit_at_once(text: str) -> None:
 LAUNCH: Launch | None = None  # of the server that this process is
 if __name__ == "__main__":
     if sys.argv[1:2] == [READER_COMMAND]:
-        sys.exit(StageReader(ReadJob(**json.loads(sys.argv[2]))).run())
+        sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
     ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if is_built_for_cpu():
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
+    for end_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end_signal, lambda number, _: end_before_ready(number=number))  # until vLLM's server handles them
     try:
         LAUNCH = start_reading(**vars(ARGS), start=process_start())
     except UsageError as usage_error:
         print(f"{NAME}: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
-    LAUNCH.on_failure = exit_at_once
+    LAUNCH.on_failure = end_before_ready
 
 # ---- heavy imports ----------------------------------------------------------------------------------
 
@@ -1046,6 +1098,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.utils.system_utils import decorate_logs
+from vllm.v1.engine.core_client import InprocClient
 
 if __name__ == "__main__":
     gc.freeze()  # vLLM collects garbage several times while it starts, also in the processes that are forked from here
@@ -1208,7 +1262,8 @@ class StagedWeights:
         self.hold_stage, self.min_stage, self.start_stage = (config[f"{key}_stage"] for key in ("hold", "min", "start"))
         self.journal = Journal(config["journal"])
         self.source = StageSource(config, plan, self.rank, parallel.world_size)
-        self.device = next(model.parameters()).device  # with its index: each worker has its own GPU
+        first_parameter = next(model.parameters())
+        self.device, self.dtype = first_parameter.device, first_parameter.dtype  # each worker has a GPU of its own
         compilation = vllm_config.compilation_config
         self.graph_is_fixed = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE or (
             compilation.cudagraph_mode or CUDAGraphMode.NONE
@@ -1219,13 +1274,16 @@ class StagedWeights:
         self.packed: dict[nn.Module, PackedLinear] = {}  # what will be packed more than once
         adapters = read_adapters(plan) if config["adapters"] else {}
         self.adapters = {stage: adapters[stage] for stage in config["adapters"]}
-        self.merged: dict[int, int] = {}  # group -> the stage whose adapter, if any, is in its weights
+        self.loras: dict[int, dict[str, list[torch.Tensor]]] = {}  # stage -> its adapter, while it may be needed
+        self.merged: dict[int, int | None] = {}  # group -> whose adapter, if any, is in its weights; None: not known
         self.originals: dict[str, torch.Tensor] = {}  # of the weights that will be bound again, full, on the CPU
         self.prepared: dict[tuple[int, str], Callable] = {}  # (stage, module) -> its packed weight, at that stage
+        self.premerged: dict[tuple[int, str], torch.Tensor] = {}  # (stage, weight) -> the same before packing
         self.rebinding = threading.Lock()  # held while a module is loaded again
         self.copying = threading.Lock()  # held while a tensor is copied, and during graph capture
         first, *layers, last = [model.model.embed_tokens, *model.model.layers, model.model.norm]
         self.complete = {module: threading.Event() for module in (first, *layers, last)}
+        self.missing = {name for name, _ in model.named_parameters()}  # parameters that no tensor has been loaded into
         self.failure: str | None = None
         self.stage = 0
 
@@ -1251,23 +1309,20 @@ class StagedWeights:
         """After vLLM's own post-processing: fill the parameters from here on, in the background."""
         for linear in self.packed.values():
             linear.release()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the zeros are there before another stream writes
         threading.Thread(target=self.bind_stages, daemon=True, name="progressive-bind").start()
 
     def bind_stages(self) -> None:
         """Bind one stage after the other; first, and in one go, all that have arrived by now."""
-        side_stream = None
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # is per thread
-            side_stream = torch.cuda.Stream(self.device)
-        if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
-            os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
-        first = max(1, min(self.source.resident_stage(), self.start_stage))
-        self.journal.mark("binding", stage=first, rank=self.rank, streamed=not self.graph_is_fixed)
-        stages = self.plan.stages[: self.hold_stage]
+        number = 1  # of the stage that is being bound
         try:
-            with torch.no_grad(), torch.cuda.stream(side_stream) if side_stream else contextlib.nullcontext():
+            with torch.no_grad(), self.beside_the_engine():
+                first = self.decide_first_stage()
+                stages = self.plan.stages[: self.hold_stage]
                 for group in (stages[:first], *((stage,) for stage in stages[first:])):
-                    target = max(group[-1].number, self.min_stage)
+                    number = group[-1].number
+                    target = max(number, self.min_stage)
                     self.prepare(target)
                     if self.packed_in_graph:
                         self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
@@ -1279,13 +1334,30 @@ class StagedWeights:
                     give_back_memory()
             self.scratch = None
         except Exception as error:
-            logger.exception("binding stage %d failed", group[-1].number)
             failure = f"binding stopped: {error}"
-            self.journal.mark("error", text=failure, stage=group[-1].number)
             if not self.complete[self.model.model.norm].is_set():
                 self.failure = failure
                 for event in self.complete.values():
                     event.set()  # whoever waits learns of it
+            self.journal.mark("error", text=failure, stage=number)
+            logger.exception("binding stage %d failed", number)
+
+    def beside_the_engine(self) -> contextlib.AbstractContextManager:
+        """For the binding thread: cores and a stream on which it is in nobody's way."""
+        if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
+            os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        torch.cuda.set_device(self.device)  # is per thread
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
+    def decide_first_stage(self) -> int:
+        """The stage to be bound first: all that has arrived by now. One worker looks, the others follow it."""
+        if self.rank == 0:
+            first = max(1, min(self.source.resident_stage(), self.start_stage))
+            self.journal.mark("binding", stage=first, streamed=not self.graph_is_fixed)
+        self.source.wait(lambda progress: progress.first_stage)
+        return self.source.progress.first_stage
 
     def copy(self, stages: tuple[Stage, ...], target: int) -> None:
         """Copy stages into the model's parameters, as their bytes arrive; returns once the checksums are verified.
@@ -1293,10 +1365,17 @@ class StagedWeights:
         target: the stage that they will be served at first, whose adapter is merged.
         """
         try:
-            self.model.load_weights(self.staged_tensors(stages, target))
+            self.missing -= self.model.load_weights(self.staged_tensors(stages, target))
+            self.check_whole(stages[-1].number)
         finally:
             self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
         self.merged |= {stage.number: target for stage in stages}
+
+    def check_whole(self, stage: int) -> None:
+        """Raises ValueError, as vLLM's own loader does, for parameters of `stage` that have got no weights."""
+        later = set(self.plan.layers_after(stage))
+        if missing := sorted(name for name in self.missing if forward_position(name) not in later):
+            raise ValueError(f"the checkpoint has no weights for {', '.join(missing)}: does config.json fit it?")
 
     def staged_tensors(self, stages: tuple[Stage, ...], target: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of stages for vLLM's load_weights(); modules are finished as soon as they are complete."""
@@ -1310,10 +1389,13 @@ class StagedWeights:
                 current = module
             with self.copying:
                 if self.bound_with(name) in again:
-                    self.originals[name] = tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
-                weight = self.merge(name, tensor, target)
-                yield name, weight.pin_memory() if self.device.type == "cuda" and weight is tensor else weight
+                    self.originals[name] = self.host_copy(tensor)
+                yield name, self.merge(name, tensor, target)
         self.finish(current)
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, from where a GPU can fetch it at full speed."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
 
     def bound_with(self, name: str) -> str:
         """The module that a tensor is bound to: vLLM keeps q_proj, k_proj and v_proj as one, qkv_proj."""
@@ -1327,12 +1409,22 @@ class StagedWeights:
         return {self.bound_with(weight) for adapter in later for weight in adapter.weights}
 
     def merge(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
-        """W + scaling x B A where the adapter of `stage` touches W, in float32; else the tensor as it is."""
+        """W + scaling x B A where the adapter of `stage` touches W, in float32; else the tensor as it is.
+
+        On the host: on a GPU its temporaries could fall into vLLM's sampling of free memory, which sizes the KV cache.
+        """
         adapter = self.adapters.get(stage)
         if adapter is None or name not in adapter.weights:
-            return tensor
-        down, up = (lora.to(self.device, torch.float32) for lora in adapter.load(name))
-        return tensor.to(self.device, torch.float32, copy=True).addmm_(up, down, alpha=adapter.scaling)
+            return tensor.pin_memory() if self.device.type == "cuda" and not tensor.is_pinned() else tensor
+        down, up = self.lora_of(stage)[name]
+        merged = tensor.to(torch.float32, copy=True).addmm_(up, down, alpha=adapter.scaling)
+        return merged.to(self.dtype).pin_memory() if self.device.type == "cuda" else merged
+
+    def lora_of(self, stage: int) -> dict[str, list[torch.Tensor]]:
+        """The adapter of `stage`: read once, before the transition that needs it, and kept for the way back."""
+        if stage not in self.loras:
+            self.loras[stage] = self.adapters[stage].load()
+        return self.loras[stage]
 
     def modules_to_rebind(self, stage: int) -> dict[str, list[str]]:
         """The modules that have to be bound again when `stage` becomes active, each with the weights it is made of."""
@@ -1345,24 +1437,35 @@ class StagedWeights:
 
     def load_again(self, names: list[str], stage: int) -> None:
         """Weights from their original bytes, with the adapter of `stage`, through vLLM's loader."""
-        self.model.load_weights((name, self.merge(name, self.originals[name], stage)) for name in names)
+        merged = {name: self.premerged.get((stage, name)) for name in names}
+        self.model.load_weights(
+            (name, self.merge(name, self.originals[name], stage) if tensor is None else tensor)
+            for name, tensor in merged.items()
+        )
 
     def prepare(self, stage: int) -> None:
-        """Pack what `stage` needs beside what is in use, so that the transition has only to put it there.
+        """Read, merge and pack what `stage` needs beside what is in use: the transition has only to put it there.
 
         A packed module does not look at its `weight`, so that can be loaded while requests run. A fixed graph does.
         """
-        for path, names in () if self.graph_is_fixed else self.modules_to_rebind(stage).items():
+        for path, names in self.modules_to_rebind(stage).items():
             linear = self.packed.get(self.model.get_submodule(path))
-            if linear and linear.is_packed():
+            if linear and linear.is_packed() and not self.graph_is_fixed:
                 with self.rebinding:
                     linear.unpack()
                     self.load_again(names, stage)
                     self.prepared[stage, path] = linear.packed_beside()
+                continue
+            for name in names if stage in self.adapters else ():
+                with self.copying:
+                    self.premerged[stage, name] = self.merge(name, self.originals[name], stage)
 
     def rebind(self, stage: int) -> None:
         """Bind what adapters touch anew, from the original bytes, with the adapter of `stage` in place of another's."""
-        for path, names in self.modules_to_rebind(stage).items():
+        modules = self.modules_to_rebind(stage)
+        groups = [group.number for group in self.plan.stages[:stage] if group.number in self.merged]
+        self.merged |= dict.fromkeys(groups)  # until all of them are done: a failure on the way leaves a mixture
+        for path, names in modules.items():
             linear = self.packed.get(self.model.get_submodule(path))
             if (stage, path) in self.prepared:
                 linear.replace(self.prepared.pop((stage, path)))
@@ -1372,11 +1475,18 @@ class StagedWeights:
             self.load_again(names, stage)
             if linear:
                 linear.replace(linear.packed_beside())
-        for key in [key for key in self.prepared if key[0] <= stage]:
-            del self.prepared[key]
-        self.merged |= {group.number: stage for group in self.plan.stages[:stage] if group.number in self.merged}
+        self.merged |= dict.fromkeys(groups, stage)
+
+    def settle(self, stage: int) -> None:
+        """Every worker serves `stage`: let go of what only the way to it, or back from it, could have needed."""
+        for kept in (self.prepared, self.premerged):
+            for key in [key for key in kept if key[0] <= stage]:
+                del kept[key]
+        for earlier in [earlier for earlier in self.loras if earlier < stage]:
+            del self.loras[earlier]
         if stage == self.hold_stage:
             self.originals.clear()
+        give_back_memory()
 
     def module_of(self, name: str) -> nn.Module:
         """The part of the forward pass that waits for this tensor: a layer, the embedding, or the norm after them."""
@@ -1392,6 +1502,9 @@ class StagedWeights:
                 self.pack_head()
         elif module is not None:
             self.pack(module)
+            if self.device.type == "cuda":
+                with self.copying:
+                    torch.cuda.current_stream().synchronize()  # the forward pass runs on another stream
             self.complete[module].set()
 
     def pack_head(self) -> None:
@@ -1424,8 +1537,8 @@ class StagedWeights:
             if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
                 weight.data = weight.data.clone()
 
-    def activate(self, stage: int) -> int:
-        """Make `stage` the one that is served: between two engine steps. Returns it."""
+    def activate(self, stage: int) -> None:
+        """Make `stage` the one that is served: between two engine steps."""
         with torch.no_grad():
             for later in self.plan.stages[self.stage : stage] if self.packed_in_graph else ():
                 self.repack(later, stage)
@@ -1439,7 +1552,6 @@ class StagedWeights:
             for index in group.layers:
                 self.gates[index].set_gate(group.number <= stage)
         self.stage = stage
-        return stage
 
     def wait_in_forward(self, module: nn.Module) -> None:
         """Make the next forward pass wait at a module until it is complete; RuntimeError there if it never will be."""
@@ -1562,20 +1674,27 @@ class ProgressiveLoader(BaseModelLoader):
 
 
 def copy_between_captures(copying: threading.Lock) -> None:
-    """CUDA refuses some calls of any thread while a graph is captured (capture mode `global`): take turns."""
+    """CUDA refuses some calls of any thread while a graph is captured (capture mode `global`): take turns.
 
-    class ExclusiveGraph(torch.cuda.graph):
-        def __enter__(self):
-            copying.acquire()
-            return super().__enter__()
+    At the methods that torch.cuda.graph calls, and vLLM's breakable graphs (VLLM_USE_BREAKABLE_CUDAGRAPH) directly.
+    """
+    begin, end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end
 
-        def __exit__(self, *exception):
-            try:
-                return super().__exit__(*exception)
-            finally:
-                copying.release()
+    def capture_begin(graph, *args, **kwargs) -> None:
+        copying.acquire()
+        try:
+            begin(graph, *args, **kwargs)
+        except BaseException:
+            copying.release()
+            raise
 
-    torch.cuda.graph = ExclusiveGraph
+    def capture_end(graph) -> None:
+        try:
+            end(graph)
+        finally:
+            copying.release()
+
+    torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = capture_begin, capture_end
 
 
 if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
@@ -1595,14 +1714,22 @@ def check_vllm() -> None:
 
 
 def vllm_server() -> tuple:
-    """(make_arg_parser, validate_parsed_serve_args, run_server) of vLLM, which moved them between releases."""
+    """(module of the arguments, module of the server) of vLLM, which moved them between releases."""
     try:
         from vllm.entrypoints.launchers import cli_args
-        from vllm.entrypoints.launchers.api_server.entry import run_server
+        from vllm.entrypoints.launchers.api_server import entry
     except ImportError:  # vLLM 0.26
+        from vllm.entrypoints.openai import api_server as entry
         from vllm.entrypoints.openai import cli_args
-        from vllm.entrypoints.openai.api_server import run_server
-    return cli_args.make_arg_parser, cli_args.validate_parsed_serve_args, run_server
+    return cli_args, entry
+
+
+def set_log_level(args: argparse.Namespace) -> None:
+    """--log-level and its like, for this process; vLLM 0.26 has none of them."""
+    import vllm.logger
+
+    if configure := getattr(vllm.logger, "configure_logging_from_args", None):
+        configure(args)
 
 
 def kv_cache_allocator() -> tuple[object, str]:
@@ -1627,7 +1754,25 @@ def skip_eager_warm_up() -> None:
     CPUModelRunner.warming_up_model = warm_up_graph
 
 
-# ---- processes: import once, fork -------------------------------------------------------------------
+# ---- processes: end with their parent, import once, fork --------------------------------------------
+
+FORKED_BY = [os.getpid()]  # the process that has forked this one
+
+
+def note_parent() -> None:
+    FORKED_BY[0] = os.getpid()
+
+
+def die_with_parent() -> None:
+    """In a child of the server: end when the parent does, however that ends. vLLM's would stay, with their memory."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != FORKED_BY[0]:  # it has ended meanwhile
+        os._exit(1)
+
+
+if __name__ == "__mp_main__":  # where vLLM spawns its processes this file is their main module
+    FORKED_BY[0] = multiprocessing.parent_process().pid
+    die_with_parent()
 
 
 def fork_workers() -> None:
@@ -1728,12 +1873,32 @@ def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
 class WorkerExtension:
     """Mixed into vLLM's worker (--worker-extension-cls); reached by collective_rpc."""
 
-    def progressive_activate(self, stage: int) -> int:
-        """Open the gates of `stage` and of those before it, close the others. Call between two steps only."""
-        return self.model_runner.get_model().staged_weights.activate(stage)
+    def progressive_activate(self, stage: int) -> str | None:
+        """Serve `stage`. Call between two steps only. Returns None, or what went wrong.
+
+        An exception would leave the answers of the other workers in vLLM's queue, for the next call to take.
+        """
+        try:
+            self.model_runner.get_model().staged_weights.activate(stage)
+        except Exception as error:
+            logger.exception("stage %d cannot be activated", stage)
+            return repr(error)
+
+    def progressive_settle(self, stage: int) -> None:
+        """Every worker serves `stage`: there is no way back any more."""
+        self.model_runner.get_model().staged_weights.settle(stage)
 
 
 # ---- controller: when a stage is switched -----------------------------------------------------------
+
+
+class StageLost(RuntimeError):
+    """What the workers hold is no stage that could be named, so it must not be served."""
+
+
+def first_of(failures: list[str | None]) -> str:
+    """The first failure among what the workers have returned."""
+    return next(filter(None, failures))
 
 
 class Controller:
@@ -1758,11 +1923,11 @@ class Controller:
         progress = self.progress
         if progress.stage:
             return max(progress.stage, progress.bound_stage())
-        first = max(self.min_stage, progress.first_stage())
+        first = max(self.min_stage, progress.first_stage)
         if progress.bound_stage() >= first:
             return progress.bound_stage()
         arriving = progress.streamed and progress.seconds_until_resident(first) < STREAMED_SECONDS
-        return first if arriving and first == progress.first_stage() else 0
+        return first if arriving and first == progress.first_stage else 0
 
     async def switch_if_ready(self) -> bool:
         """Make the transition that is possible now, if any."""
@@ -1787,31 +1952,35 @@ class Controller:
             self.update()
         except Exception as error:
             logger.exception("the transition to stage %d failed", self.progress.stage + 1)
-            self.journal.mark("error", text=f"transition failed: {error}", stage=self.progress.stage + 1)
+            failed = 1 if isinstance(error, StageLost) else self.progress.stage + 1
+            self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
             self.update()
         self.decided.set()
+        stage = min(self.progress.stage, self.progress.reachable_stage())
         if self.progress.error:
-            logger.error("staying at stage %d: %s", self.progress.stage, self.progress.error)
-        if not self.progress.stage:
+            logger.error("staying at stage %d: %s", stage, self.progress.error)
+        if not stage:
             os.kill(os.getpid(), signal.SIGTERM)
 
     async def transition(self, stage: int) -> None:
         """Pause between two steps, clear every cached K and V, open the gates, resume.
 
         Running requests are preempted and recomputed with the new weights, so every later token is the new model's.
+        Raises RuntimeError when a worker has failed and all are back at the stage that they had; StageLost when that
+        failed as well.
         """
-        began = time.monotonic()
-        try:
-            await self.engine.pause_generation(mode="keep", clear_cache=True)
-            active = await self.engine.collective_rpc("progressive_activate", args=(stage,))
-            assert set(active) == {stage}, active
-        except Exception:  # a worker that failed must not serve another stage than its peers
-            await self.engine.collective_rpc("progressive_activate", args=(self.progress.stage,))
-            raise
-        finally:
-            if not self.engine.errored:
-                await self.engine.resume_generation()
+        began, before = time.monotonic(), self.progress.stage
+        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        failures = await self.engine.collective_rpc("progressive_activate", args=(stage,))
+        if any(failures):
+            back = await self.engine.collective_rpc("progressive_activate", args=(before,)) if before else failures
+            if any(back):  # and stay paused: not a token more
+                raise StageLost(f"{first_of(failures)}; nor can stage {before} be served any more")
+        await self.engine.resume_generation()
+        if any(failures):
+            raise RuntimeError(first_of(failures))
         self.mark_active(stage, pause=round(time.monotonic() - began, 4))
+        await self.engine.collective_rpc("progressive_settle", args=(stage,))
 
     def mark_active(self, stage: int, **fields) -> None:
         self.journal.mark("active", stage=stage, **fields)
@@ -1897,11 +2066,12 @@ class StageControl:
     """Stages of an `LLM` made by load_llm(), moved by hand."""
 
     def __init__(self, llm, launch: Launch):
-        self.llm, self.launch = llm, launch
+        self.llm, self.launch = weakref.proxy(llm), launch
+        self.journal = Journal(launch.journal.path)
         ranks = llm.llm_engine.vllm_config.parallel_config.world_size
         self.state = Progress(launch.plan, ranks, launch.hold_stage, tuple(launch.adapters))
         self.wait_for(1)
-        self.advance(self.state.first_stage())
+        self.advance(self.state.first_stage)
 
     @property
     def stage(self) -> int:
@@ -1910,36 +2080,55 @@ class StageControl:
 
     def progress(self) -> dict:
         """The same as GET /progress of the server."""
-        self.state.fold(self.launch.journal.follow())
+        self.update()
         return self.state.as_dict()
 
     def advance(self, stage: int | None = None) -> int:
         """Go to `stage` (default: the next one), waiting for its weights. Returns the stage that is active then.
 
         Requests that are running in the engine are recomputed. Raises ValueError for a stage that does not exist or
-        lies behind, RuntimeError when loading has failed.
+        lies behind, RuntimeError when loading has failed, StageLost (a RuntimeError) when the engine is of no use any
+        more, and vLLM's EngineDeadError when it has ended.
         """
         stage = self.stage + 1 if stage is None else stage
         if not self.stage <= stage <= self.launch.hold_stage:
             raise ValueError(f"cannot advance from stage {self.stage} to {stage} of {self.launch.hold_stage}")
         self.wait_for(stage)
-        if not self.llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
-            raise RuntimeError("vLLM could not clear its prefix cache")
-        self.llm.collective_rpc("progressive_activate", args=(stage,))
-        self.mark_active(stage)
+        self.call_engine("pause_scheduler", "keep", True)  # as the server does: nothing is computed in between
+        failures = self.llm.collective_rpc("progressive_activate", args=(stage,))
+        if any(failures):
+            back = self.llm.collective_rpc("progressive_activate", args=(self.stage,)) if self.stage else failures
+            if any(back):
+                raise StageLost(f"{first_of(failures)}; nor can stage {self.stage} be served any more")
+        self.call_engine("resume_scheduler")
+        if any(failures):
+            raise RuntimeError(first_of(failures))
+        self.journal.mark("active", stage=stage)
+        self.update()
+        self.llm.collective_rpc("progressive_settle", args=(stage,))
         return self.stage
 
+    def call_engine(self, method: str, *args) -> None:
+        """Call a method of the engine core, in this process or in its own."""
+        client = self.llm.llm_engine.engine_core
+        if isinstance(client, InprocClient):
+            getattr(client.engine_core, method)(*args)
+        else:
+            client.call_utility(method, *args)
+
     def wait_for(self, stage: int) -> None:
-        """Wait until `stage` is bound. Raises RuntimeError when loading has failed."""
+        """Wait until `stage` is bound. Raises RuntimeError when loading has failed, EngineDeadError when vLLM has."""
+        client = self.llm.llm_engine.engine_core
         while self.state.bound_stage() < stage:
-            self.state.fold(self.launch.journal.follow())
+            self.update()
             if stage > self.state.reachable_stage():
                 raise RuntimeError(self.state.error)
+            if not isinstance(client, InprocClient):
+                client.ensure_alive()
             time.sleep(POLL_SECONDS)
 
-    def mark_active(self, stage: int) -> None:
-        self.launch.journal.mark("active", stage=stage)
-        self.state.fold(self.launch.journal.follow())
+    def update(self) -> None:
+        self.state.fold(self.journal.follow())
 
 
 def load_llm(
@@ -1964,6 +2153,7 @@ def load_llm(
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
         launch.start_stage = start_stage
         llm = vllm.LLM(**{**engine_args, **engine_options(launch, engine_args)})
+        weakref.finalize(llm, launch.close)
         llm.stages = StageControl(llm, launch)
     except BaseException:
         launch.close()
@@ -1991,6 +2181,7 @@ def engine_options(launch: Launch, options: dict) -> dict:
     folder = str(Path(__file__).resolve().parent)
     if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(STALLED_SECONDS))
     unsaid = {}
     if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
         unsaid["kv_cache_memory_bytes"] = kv_cache
@@ -2008,14 +2199,15 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
     """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    make_arg_parser, validate_parsed_serve_args, _ = vllm_server()
-    parser = make_arg_parser(FlexibleArgumentParser(prog=NAME))
+    cli_args, _ = vllm_server()
+    parser = cli_args.make_arg_parser(FlexibleArgumentParser(prog=NAME))
     defaults = {name: parser.get_default(name) for name in ("enforce_eager", "gpu_memory_utilization")}
     if current_platform.is_cpu():
         defaults["enforce_eager"] = True  # compiling takes vLLM a minute there; --no-enforce-eager asks for it
     parser.set_defaults(**dict.fromkeys(defaults))  # None: nobody has said, on the command line or in --config
     args = parser.parse_args(argv)
-    validate_parsed_serve_args(args)
+    set_log_level(args)
+    cli_args.validate_parsed_serve_args(args)
     refuse_unsupported(vars(args))
     for name, value in engine_options(launch, vars(args)).items():
         setattr(args, name, value)
@@ -2030,21 +2222,31 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
+async def serve(args: argparse.Namespace) -> None:
+    """vLLM's run_server(), but for the signal handler that it puts in place of ours."""
+    _, entry = vllm_server()
+    decorate_logs("APIServer")
+    await entry.run_server_worker(*entry.setup_server(args, reuse_port=False), args)
+
+
+def end_after_failure(failure: str) -> None:
+    """No stage can be served: end, as for a signal once the server listens."""
+    if any(event["event"] == "ready" for event in LAUNCH.events()):
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        end_before_ready(failure)
 
 
 def main() -> int:
     import uvloop
 
-    _, _, run_server = vllm_server()
-    signal.signal(signal.SIGTERM, interrupt)  # until the server runs, which has its own
-    LAUNCH.on_failure = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    LAUNCH.on_failure = end_after_failure
     LAUNCH.journal.mark("imported")
     try:
         args = server_args(LAUNCH, VLLM_ARGV)
+        os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
-        uvloop.run(run_server(args))
+        uvloop.run(serve(args))
         failure = LAUNCH.start_failure()
         if not failure:
             return 0
@@ -2054,11 +2256,12 @@ def main() -> int:
         if error.errno != errno.EADDRINUSE:
             raise
         failure = f"port {args.port} is in use: choose another --port"
-    except (Exception, KeyboardInterrupt):
+    except Exception:
         failure = LAUNCH.start_failure()  # a bad file is the user's to mend; anything else is a bug, with its traceback
         if not failure:
             raise
     finally:
+        LAUNCH.close()
         gc.unfreeze()  # else nanobind takes what is still frozen for leaks, and says so
     print(f"{NAME}: error: {failure}", file=sys.stderr)
     return 2
