@@ -1315,14 +1315,13 @@ class StagedWeights:
 
     def bind_stages(self) -> None:
         """Bind one stage after the other; first, and in one go, all that have arrived by now."""
-        number = 1  # of the stage that is being bound
+        number = 1  # of the first stage of those that are being bound
         try:
             with torch.no_grad(), self.beside_the_engine():
                 first = self.decide_first_stage()
                 stages = self.plan.stages[: self.hold_stage]
                 for group in (stages[:first], *((stage,) for stage in stages[first:])):
-                    number = group[-1].number
-                    target = max(number, self.min_stage)
+                    number, target = group[0].number, max(group[-1].number, self.min_stage)
                     self.prepare(target)
                     if self.packed_in_graph:
                         self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()

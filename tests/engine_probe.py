@@ -2,13 +2,17 @@
 
     python engine_probe.py stages CKPT DTYPE OUT.json      # stock, 1 -> 2 -> 3, in flight, everything at once
     python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
+    python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
+    python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
 
 An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
 """
 
 import gc
+import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,14 +20,16 @@ import time
 from pathlib import Path
 from unittest import mock
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if "apart" in sys.argv else "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 import torch
 from torch._dynamo.utils import counters
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.engine.exceptions import EngineDeadError
 
 import progressive_serve
 
@@ -132,6 +138,62 @@ def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
     return found
 
 
+def probe_failing(checkpoint: str, prompts: list[str]) -> dict:
+    """Stage 1 -> 2 with adapters: fails at the third module, comes back, succeeds; then fails both ways."""
+    options = {**ENGINE, "dtype": "float32", "enforce_eager": True}
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    found = {"stage1": ask(llm, prompts)}
+    llm.stages.wait_for(3)
+    shutil.rmtree(Path(checkpoint) / "adapters")  # whatever is needed of them has been read
+    replace = progressive_serve.PackedLinear.replace
+
+    def replace_twice(linear, packed, calls=itertools.count()):  # noqa: B008
+        if next(calls) == 2:
+            raise MemoryError("no room for the third")
+        replace(linear, packed)
+
+    with mock.patch.object(progressive_serve.PackedLinear, "replace", replace_twice):
+        try:
+            llm.stages.advance()
+        except RuntimeError as error:
+            found["failure"] = repr(error)
+    found["stage_after_failure"], found["answers_after_failure"] = llm.stages.stage, ask(llm, prompts)
+    for stage in (2, 3):
+        llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+    close(llm)
+    return found
+
+
+def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
+    """Long prompts run while the stages change; what the cache then holds of them must be of the last stage."""
+    options = {**ENGINE, "dtype": "float32", "enforce_eager": True}
+    prompts = [f"{number} " + "\n".join(prompts)[:900] for number in range(8)]
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    engine = llm.llm_engine
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"flight{number}", prompt, sampling(FLIGHT_TOKENS))
+    while not engine.step():
+        pass
+    llm.stages.advance()
+    llm.stages.advance()
+    found = {"unfinished": engine.get_num_unfinished_requests(), "stage": llm.stages.stage}
+    while engine.has_unfinished_requests():
+        engine.step()
+    outputs = llm.generate(prompts, sampling(ANSWER_TOKENS), use_tqdm=False)
+    found |= {"answers": [answer_of(output) for output in outputs]}
+    found["cached_tokens"] = [output.num_cached_tokens for output in outputs]
+    (engine_process,) = (child for child in psutil.Process().children() if "EngineCore" in child.name())
+    engine_process.kill()
+    try:
+        llm.stages.state.bound.clear()
+        llm.stages.wait_for(3)
+    except EngineDeadError as error:
+        found["dead"] = repr(error)
+    found["stock"] = ask(LLM(checkpoint, **options), prompts)
+    return found
+
+
 def compilations() -> dict[str, int]:
     """Everything that torch counts when it traces or compiles."""
     return {
@@ -186,7 +248,8 @@ def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
 def main() -> None:
     what, checkpoint, *dtype, prompts, out = sys.argv[1:]
     prompts = json.loads(Path(prompts).read_text())
-    found = probe_stages(checkpoint, *dtype, prompts) if what == "stages" else probe_compiled(checkpoint, prompts)
+    probe = {"stages": probe_stages, "compiled": probe_compiled, "failing": probe_failing, "apart": probe_apart}[what]
+    found = probe(checkpoint, *dtype, prompts)
     Path(out).write_text(json.dumps(found))
 
 

@@ -21,12 +21,14 @@ import psutil
 import pytest
 import requests
 import torch
+import vllm
 from conftest import ROOT, SERVER, SPLIT, add_adapter, load_stage, make_llama, run_script
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
 
 PROBE = Path(__file__).with_name("engine_probe.py")
 SERVER_OPTIONS = ["--max-model-len", "1024", "--max-num-seqs", "16"]
+TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 KV_CACHE = ["--kv-cache-memory-bytes", str(256 << 20)]
 
 
@@ -239,6 +241,88 @@ def test_bad_adapter(case, split_tiny, tmp_path):
     assert named in str(error.value)
 
 
+# ---- transitions that fail, and an engine that steps by itself --------------------------------------
+
+
+def test_failed_transition_goes_back(adapted_checkpoint, prompts, tmp_path):
+    """Half of the weights were of the new stage already; and the adapters' files are gone by then."""
+    copy = Path(shutil.copytree(adapted_checkpoint, tmp_path / "checkpoint"))
+    found = run_probe(tmp_path, "failing", copy, prompts=prompts[:16])
+    assert "no room for the third" in found["failure"]
+    assert found["stage_after_failure"] == 1
+    assert found["answers_after_failure"] == found["stage1"]
+    assert found["stage2"] != found["stage1"]
+    assert tokens(found["stage2"]) == stage_answers(
+        adapted_checkpoint, 2, prompts[:16], adapted_checkpoint / "adapters/stage2"
+    )
+
+
+def test_nothing_is_computed_within_a_transition(demo_checkpoint, prompts, tmp_path):
+    """By an engine in a process of its own: K and V of requests that run meanwhile would be of the old stage."""
+    found = run_probe(tmp_path, "apart", demo_checkpoint, prompts=prompts)
+    assert (found["unfinished"], found["stage"]) == (8, 3)
+    assert all(found["cached_tokens"])
+    assert found["answers"] == found["stock"]
+    assert "EngineDeadError" in found["dead"]  # and nobody waits for an engine that has died
+
+
+TRANSITIONS = {
+    # what each call of progressive_activate returns -> stage and error afterwards, whether the engine goes on
+    "no failure": ([[None, None]], 2, None, True),
+    "a worker fails": ([[None, "no memory"], [None, None]], 1, "no memory", True),
+    "and cannot go back": ([[None, "no memory"], ["nor this", None]], 1, "no memory; nor can stage 1", False),
+}
+
+
+@pytest.mark.parametrize("case", TRANSITIONS)
+def test_transition_of_two_workers(case, split_tiny, tmp_path, monkeypatch):
+    """All of them serve one stage that has a name, or the server ends."""
+    import progressive_serve
+
+    returned, stage, error, goes_on = TRANSITIONS[case]
+    calls, killed = [], []
+
+    class Engine:
+        errored = False
+        vllm_config = engine_config(split_tiny, tmp_path / "journal", world_size=2)
+
+        async def pause_generation(self, **options):
+            calls.append("pause")
+
+        async def resume_generation(self):
+            calls.append("resume")
+
+        async def collective_rpc(self, name, args):
+            calls.append((name, *args))
+            return returned.pop(0) if name == "progressive_activate" else [None, None]
+
+    monkeypatch.setattr(progressive_serve.os, "kill", lambda *signal: killed.append(signal))
+    controller = progressive_serve.Controller(Engine())
+    controller.hold_stage = 2
+    controller.journal.mark("start")
+    for rank, number in ((0, 1), (1, 1)):
+        controller.journal.mark("bound", stage=number, rank=rank)
+    controller.journal.mark("active", stage=1)
+    for rank in (0, 1):
+        controller.journal.mark("bound", stage=2, rank=rank)
+    controller.update()
+    asyncio.run(controller.run())
+    assert controller.progress.stage == stage and returned == []
+    assert (error or "") in (controller.progress.error or "")
+    assert ("resume" in calls) == goes_on and bool(killed) != goes_on
+    assert (("progressive_settle", 2) in calls) == (stage == 2)  # else the way back would be gone
+
+
+def engine_config(checkpoint: Path, journal: Path, world_size: int = 1, min_stage: int = 1) -> SimpleNamespace:
+    """What the controller reads of vLLM's configuration."""
+    config = {"journal": str(journal), "hold_stage": 3, "min_stage": min_stage, "adapters": []}
+    return SimpleNamespace(
+        load_config=SimpleNamespace(model_loader_extra_config=config),
+        model_config=SimpleNamespace(model=checkpoint),
+        parallel_config=SimpleNamespace(world_size=world_size),
+    )
+
+
 # ---- the gate in a fixed graph ----------------------------------------------------------------------
 
 
@@ -311,22 +395,26 @@ def free_port() -> int:
 class Server:
     """progressive_serve.py as a user starts it."""
 
-    def __init__(self, checkpoint: Path, log: Path, *options: str, kv_cache=KV_CACHE):
+    def __init__(self, checkpoint: Path, log: Path, *options: str, kv_cache=KV_CACHE, **env: str):
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, str(SERVER), str(checkpoint), "--port", str(port), *SERVER_OPTIONS]
         command += [*kv_cache, *options]
         with open(log, "wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            io = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            self.process = subprocess.Popen(command, env={**os.environ, **env}, **io)
 
     def hold_reader(self, after: str = "resident") -> psutil.Process:
         """Returns the reader process, suspended after this event of stage 1."""
-        self.wait_for(lambda: psutil.Process(self.process.pid).children())
-        children = psutil.Process(self.process.pid).children()
-        reader = next(child for child in children if "_read" in child.cmdline())
+        reader = self.reader()
         self.wait_for(lambda: f'"{after}"' in journal_of(reader).read_text())
         reader.suspend()
         return reader
+
+    def reader(self) -> psutil.Process:
+        self.wait_for(lambda: psutil.Process(self.process.pid).children())
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "_read" in child.cmdline())
 
     def wait_for(self, what, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
@@ -437,6 +525,40 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
     assert not journal.exists()  # the server cleans up behind itself
 
 
+MOMENTS = {
+    "importing": lambda server, reader: True,
+    "creating the engine": lambda server, reader: '"imported"' in journal_of(reader).read_text(),
+    "creating the model": lambda server, reader: len(psutil.Process(server.process.pid).children(recursive=True)) > 2,
+    "about to listen": lambda server, reader: "Starting vLLM server" in server.log.read_text(),
+    "serving": lambda server, reader: server.answers(),
+}
+
+
+@pytest.mark.parametrize(
+    "moment, number",
+    [*((moment, signal.SIGTERM) for moment in MOMENTS), ("importing", signal.SIGKILL), ("serving", signal.SIGKILL)],
+)
+def test_any_signal_at_any_moment_ends_everything(moment, number, split_tiny, tmp_path):
+    """Stage 1 arrives slowly, so that the reader lives all the while."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny, 60), TMPDIR=str(temporary))
+    try:
+        reader = server.reader()
+        server.wait_for(lambda: MOMENTS[moment](server, reader))
+        processes = [reader, *psutil.Process(server.process.pid).children(recursive=True)]
+        server.process.send_signal(number)
+        assert server.process.wait(10) in (0, -number, 128 + number)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert alive == []
+        assert [path.name for path in temporary.glob("progressive-serve-*")] == []
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are not listeners
+            probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    finally:
+        server.stop()
+
+
 def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts, tmp_path):
     """A checksum that does not match: reported in /progress with the file's name; stage 2 goes on answering."""
     broken = tmp_path / "broken"
@@ -450,6 +572,7 @@ def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts,
         server.wait_for(lambda: server.progress()["error"])
         progress = server.progress()
         assert "model-stage3.safetensors" in progress["error"]
+        assert str(tmp_path) not in json.dumps(progress)  # anybody may ask
         assert progress["stages"][2]["state"] != "active"
         server.wait_for(lambda: server.progress()["stage"] == 2)
         assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "2"
@@ -636,6 +759,67 @@ def test_bad_arguments(arguments, named, split_tiny):
     assert named.format(**values) in done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("cpu_offload_gb", 4.0), ("offload_group_size", 2), ("enable_sleep_mode", True), ("quantization", "fp8")],
+)
+def test_options_that_move_the_weights_are_refused(option, value):
+    import progressive_serve
+
+    progressive_serve.refuse_unsupported(vars(vllm.EngineArgs()))
+    with pytest.raises(progressive_serve.UsageError, match=f"--{option.replace('_', '-')} cannot be combined"):
+        progressive_serve.refuse_unsupported({**vars(vllm.EngineArgs()), option: value})
+
+
+def test_weights_that_the_model_misses_are_named(tmp_path):
+    """Not with what happened to be in memory."""
+    model = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    assert run_script(SPLIT, model, tmp_path / "checkpoint", "--layers", "1-2").returncode == 0
+    options = [*SERVER_OPTIONS, "--port", str(free_port()), "--hf-overrides", '{"tie_word_embeddings": false}']
+    done = run_script(SERVER, tmp_path / "checkpoint", *options)
+    assert done.returncode == 2
+    assert "no weights for lm_head.weight" in done.stderr.strip().splitlines()[-1]
+
+
+EAGER = {
+    "nobody says": ([], None, True),
+    "with hyphens": (["--no-enforce-eager"], None, False),
+    "with underscores": (["--no_enforce_eager"], None, False),
+    "in a file": ([], "enforce-eager: false", False),
+}
+
+
+@pytest.mark.parametrize("case", EAGER)
+def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
+    import progressive_serve
+
+    argv, config, expected = EAGER[case]
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+        argv = ["--config", str(tmp_path / "config.yaml")]
+    monkeypatch.setattr(progressive_serve, "ARGS", SimpleNamespace(checkpoint="name"), raising=False)
+    monkeypatch.setattr(progressive_serve, "fork_workers", lambda: None)
+    monkeypatch.delenv(TIMEOUT, raising=False)
+    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    try:
+        args = progressive_serve.server_args(launch, argv)
+    finally:
+        launch.close()
+    assert args.enforce_eager is expected
+    assert args.gpu_memory_utilization == vllm.EngineArgs.gpu_memory_utilization
+    assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
+
+
+def test_log_level_reaches_the_api_process(split_tiny):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        quiet = run_script(SERVER, split_tiny, "--port", port, "--log-level", "ERROR")
+    assert quiet.returncode == 2
+    assert "INFO" not in quiet.stdout + quiet.stderr
+
+
 def test_unsupported_vllm_is_named(monkeypatch):
     import progressive_serve
 
@@ -757,12 +941,7 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 
     (read, first, streamed, bound, min_stage), expected = STAGES_AT_THE_START[case]
     journal = progressive_serve.Journal(tmp_path / "journal")
-    config = {"journal": str(journal.path), "hold_stage": 3, "min_stage": min_stage, "adapters": []}
-    vllm_config = SimpleNamespace(
-        load_config=SimpleNamespace(model_loader_extra_config=config),
-        model_config=SimpleNamespace(model=split_tiny),
-        parallel_config=SimpleNamespace(world_size=1),
-    )
+    vllm_config = engine_config(split_tiny, journal.path, min_stage=min_stage)
     controller = progressive_serve.Controller(SimpleNamespace(vllm_config=vllm_config))
     journal.mark("start", at=time.monotonic() - 10)
     for stage in controller.progress.plan.stages[:first]:
@@ -812,6 +991,126 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     waiting = progressive_serve.StageSource(launch.loader_config(), launch.plan, rank=0, workers=1)
     with pytest.raises(RuntimeError, match="reader process stopped"):
         waiting.wait_resident(launch.plan.stages[:1])
+
+
+def test_reader_that_dies_when_all_is_resident_is_not_missed(split_tiny):
+    """Every byte has been verified by then."""
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    launch = reading.launch
+    launch.reader.wait(30)
+    failures = []
+    launch.on_failure = failures.append
+    launch.reader = SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9, terminate=lambda: None)
+    launch.watch_reader()
+    assert failures == [] and "error" not in [event["event"] for event in launch.events()]
+
+
+def test_every_follower_sees_every_event(split_tiny):
+    reading = Reading(split_tiny)
+    reading.launch.reader.wait(30)
+    followers = [progressive_journal(reading.launch.journal.path) for _ in range(2)]
+    assert reading.launch.start_failure() is None
+    first, second = (follower.follow() for follower in followers)
+    assert first == second == reading.launch.events() != []
+
+
+def progressive_journal(path: Path):
+    import progressive_serve
+
+    return progressive_serve.Journal(path)
+
+
+def test_closing_gives_the_memory_back(split_tiny):
+    """A notebook that has loaded, or failed to, must not hold a whole model."""
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    del reading.buffer
+
+    def held() -> list[str]:
+        descriptors = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+        return [entry for entry in (*descriptors, *mappings) if "progressive-weights" in entry]
+
+    before = len(held())
+    assert before
+    reading.launch.close()
+    assert len(held()) < before
+
+
+def bare_weights(**attributes):
+    """A StagedWeights without a model."""
+    import progressive_serve
+
+    weights = object.__new__(progressive_serve.StagedWeights)
+    vars(weights).update(attributes)
+    return weights
+
+
+def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
+    """Trouble before the first byte, and a journal that cannot be written: still nobody waits for ever."""
+
+    def no_cores():
+        raise OSError("no cores left")
+
+    norm, layer = torch.nn.Identity(), torch.nn.Identity()
+    weights = bare_weights(
+        model=SimpleNamespace(model=SimpleNamespace(norm=norm)),
+        complete={module: threading.Event() for module in (norm, layer)},
+        journal=SimpleNamespace(mark=lambda *_, **__: no_cores()),
+        beside_the_engine=no_cores,
+        failure=None,
+    )
+    with contextlib.suppress(OSError):
+        weights.bind_stages()
+    assert "no cores left" in weights.failure
+    assert all(event.is_set() for event in weights.complete.values())
+
+
+def test_one_worker_decides_where_to_begin(split_tiny):
+    """All of them merge the same adapter, whatever has arrived between two looks."""
+    import progressive_serve
+
+    reading = Reading(split_tiny, limit_mbps=0.001)
+    config, plan = reading.launch.loader_config(), reading.plan
+    sources = [progressive_serve.StageSource(config, plan, rank, workers=2) for rank in (0, 1)]
+    first, second = (
+        bare_weights(rank=rank, source=source, journal=source.journal, start_stage=3, graph_is_fixed=False)
+        for rank, source in enumerate(sources)
+    )
+    assert first.decide_first_stage() == 1
+    for stage in (1, 2, 3):
+        reading.launch.journal.mark("resident", stage=stage)  # between the two looks
+    assert sources[1].resident_stage() == 3
+    assert second.decide_first_stage() == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_copy_during_a_capture(fails, monkeypatch):
+    """However the graph is captured: torch.cuda.graph and vLLM's breakable graphs both call these methods."""
+    import progressive_serve
+
+    copying, held = threading.Lock(), []
+
+    class Graph:
+        def capture_begin(self, pool=None):
+            held.append(copying.locked())
+            if fails:
+                raise RuntimeError("out of memory")
+
+        def capture_end(self):
+            held.append(copying.locked())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    progressive_serve.copy_between_captures(copying)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Graph().capture_begin(pool=1)
+    else:
+        graph = Graph()
+        graph.capture_begin(pool=1)
+        graph.capture_end()
+    assert held == [True] * (1 if fails else 2) and not copying.locked()
 
 
 # ---- the reader: files that are slow, short, wrong, gone --------------------------------------------
