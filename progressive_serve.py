@@ -55,6 +55,7 @@ import functools
 import gc
 import heapq
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -336,13 +337,21 @@ def linear_shape(config: dict, weight: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Location:
-    root: Path  # local folder: manifest, configuration, tokenizer, and the stage files that are there already
-    source: str  # folder or URI of the other stage files
-    keep: bool = False  # whether what is read from `source` is written to `root` as well
+    root: Path  # local folder: manifest, configuration, tokenizer, adapters
+    source: str  # folder or URI of the stage files
+    keep: str = ""  # local folder that copies of the stage files are written to, and read from; "": none
 
     def path_of(self, file: StageFile) -> str:
-        local = self.root / file.name
-        return str(local) if local.is_file() else f"{self.source.rstrip('/')}/{file.name}"
+        return self.copy_of(file) if self.is_kept(file) else f"{self.source.rstrip('/')}/{file.name}"
+
+    def copy_of(self, file: StageFile) -> str:
+        return f"{self.keep}/{file.name}"
+
+    def is_kept(self, file: StageFile) -> bool:
+        """Whether a copy is there. One of another size has gone bad, and is read and written anew."""
+        with contextlib.suppress(OSError):
+            return bool(self.keep) and os.path.getsize(self.copy_of(file)) == file.bytes
+        return False
 
 
 def is_uri(checkpoint: str | Path) -> bool:
@@ -352,44 +361,86 @@ def is_uri(checkpoint: str | Path) -> bool:
 def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Location:
     """Find a checkpoint; the small files of one that is remote, or to be cached, are fetched. Raises UsageError.
 
-    A cached copy is named after its adapters and its manifest, which names the checksums of everything else: another
-    checkpoint is another folder. It becomes visible whole or not at all.
+    In the cache, a folder that is named after the manifest, and so after the checksums of the weights, holds the stage
+    files, and one folder in it for each state of the small files holds these, named after what they are called and
+    contain: a mended chat template is another folder beside the same weights. Small files are fetched and compared at
+    every start, stage files are verified while they are read, so nothing that has gone bad is served. A folder of
+    another manifest is never removed: that is for whoever owns the cache to do, while no server reads from it.
     """
     source = str(checkpoint)
     if cache_dir is None and not is_uri(source):
         return Location(Path(source), source)
+    fetched = scratch / "checkpoint"
+    fetch_small_files(source, fetched)
+    if not (fetched / "progressive.json").is_file():
+        raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
+    if cache_dir is None:
+        return Location(fetched, source)
+    keep = cache_dir / f"{Path(source).name}-{identity_of([fetched / 'progressive.json'], fetched)}"
+    root = keep / identity_of(files_below(fetched), fetched)
     try:
-        parent = scratch if cache_dir is None else cache_dir
-        parent.mkdir(parents=True, exist_ok=True)
-        fetched = Path(tempfile.mkdtemp(prefix=".fetch-", dir=parent))
+        keep.mkdir(parents=True, exist_ok=True)
+        keep_small_files(fetched, root)
     except OSError as error:
-        raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another one") from error
-    try:
-        fetch_small_files(source, fetched)
-        if not (fetched / "progressive.json").is_file():
-            raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
-        from blake3 import blake3
-
-        identity = blake3((fetched / "progressive.json").read_bytes())
-        for path in sorted(fetched.glob(ADAPTER_FILES)):
-            identity.update(path.read_bytes())
-        root = parent / f"{Path(source).name}-{identity.hexdigest()[:16]}"
-        with contextlib.suppress(OSError):  # already there
-            fetched.rename(root)
-    finally:
+        if not keep.is_dir() and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another") from error
+        root = fetched  # the reader tells it in the timeline
+    else:
         shutil.rmtree(fetched, ignore_errors=True)
-    return Location(root, source, keep=cache_dir is not None)
+    return Location(root, source, str(keep))
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def identity_of(paths: list[Path], folder: Path) -> str:
+    """16 hex digits that stand for the names, relative to `folder`, and the contents of some files in it."""
+    from blake3 import blake3
+
+    hashes = [(str(path.relative_to(folder)), blake3(path.read_bytes()).hexdigest()) for path in paths]
+    return blake3(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def keep_small_files(fetched: Path, root: Path) -> None:
+    """Make `root` equal to `fetched`: what is missing or differs is replaced, each file whole, what is not in it goes.
+
+    Other servers may read there, or do the same. Raises OSError where the cache is full or cannot be written.
+    """
+    paths = {path.relative_to(fetched) for path in files_below(fetched)}
+    for surplus in {path.relative_to(root) for path in files_below(root)} - paths:
+        (root / surplus).unlink(missing_ok=True)
+    for path in paths:
+        kept = root / path
+        if kept.is_file() and kept.read_bytes() == (fetched / path).read_bytes():
+            continue
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".small-", dir=root.parent)
+        os.close(handle)
+        try:
+            shutil.copy2(fetched / path, partial)
+            os.replace(partial, kept)
+        except BaseException:
+            os.unlink(partial)
+            raise
 
 
 def fetch_small_files(source: str, folder: Path) -> None:
-    """Everything but the stage files. Object stores through runai-model-streamer, as vLLM does."""
+    """Everything but the stage files, into a new folder. Object stores through runai-model-streamer, as vLLM does.
+
+    Raises UsageError.
+    """
     if not is_uri(source):
         if not Path(source).is_dir():
             raise UsageError(f"no such checkpoint folder: {source}")
-        for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
-            shutil.copy2(path, folder)
-        if (Path(source) / "adapters").is_dir():
-            shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
+        try:
+            folder.mkdir()
+            for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
+                shutil.copy2(path, folder)
+            if (Path(source) / "adapters").is_dir():
+                shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
+        except OSError as error:
+            raise UsageError(f"{source} cannot be copied to {folder} ({error}): is there room in TMPDIR?") from error
         return
     try:
         from runai_model_streamer import pull_files
@@ -630,7 +681,7 @@ class ReadJob:
 
     root: str
     source: str
-    keep: bool
+    keep: str
     journal: str
     buffer: str
     window: int  # bytes that may lie in the buffer
@@ -656,6 +707,8 @@ class StageReader:
         """Returns the exit status of the process."""
         try:
             with self.writer:
+                if self.location.keep and self.location.root.parent != Path(self.location.keep):
+                    self.journal.mark("not cached", file="config.json", reason="the small files could not be written")
                 for stage in self.plan.stages[: self.hold_stage]:
                     self.journal.mark("reading", stage=stage.number)
                     for file in stage.files:
@@ -674,8 +727,9 @@ class StageReader:
         from blake3 import blake3  # here: only the reader needs it
 
         location, path, place = self.location, self.location.path_of(file), self.buffer.place_of(file)
-        from_cache = location.keep and path == str(location.root / file.name)
-        copy = CacheCopy(location.root, file, self.buffer, self.journal) if location.keep and not from_cache else None
+        from_cache = bool(location.keep) and path == location.copy_of(file)
+        copied = location.keep and not from_cache
+        copy = CacheCopy(Path(location.keep), file, self.buffer, self.journal) if copied else None
         before = sum(earlier.bytes for earlier in itertools.takewhile(file.__ne__, self.plan.files))
         read = read_object if is_uri(path) else read_local
         hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
@@ -693,8 +747,10 @@ class StageReader:
         elif from_cache:
             self.buffer.release(file, file.bytes, self.buffer.CACHE)
         if not verified and from_cache:
-            Path(path).unlink()
-            raise UsageError(f"{path}: the copy in the cache had gone bad and was removed; start again")
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                os.unlink(path)
+            remedy = "remove it and start again" if os.path.exists(path) else "was removed; start again"
+            raise UsageError(f"{path}: the copy in the cache had gone bad and {remedy}")
         if not verified:
             raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
 
@@ -802,32 +858,40 @@ class CacheCopy:
     the cache, such as a full disk, is told in the timeline and costs the copy, not the server.
     """
 
-    def __init__(self, root: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
-        self.path, self.file, self.buffer, self.journal = root / file.name, file, buffer, journal
+    def __init__(self, folder: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
+        self.path, self.file, self.buffer, self.journal = folder / file.name, file, buffer, journal
         self.place = buffer.place_of(file)
-        self.partial = open(root / f"{file.name}.partial", "ab", buffering=0)
+        self.partial: io.FileIO | None = None  # while this server writes it
         with self.giving_up_on_errors():
-            fcntl.flock(self.partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self.partial.fileno()), os.stat(self.partial.name)):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = open(f"{self.path}.partial", "ab", buffering=0)
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(partial.fileno()), os.stat(partial.name)):
                 raise OSError(errno.EBUSY, "another server has just written it")
-            self.partial.truncate(0)
+            partial.truncate(0)
+            self.partial = partial
 
     @contextlib.contextmanager
     def giving_up_on_errors(self):
+        """What has been written so far takes room that nothing is gained by: it goes."""
         try:
             yield
         except OSError as error:
+            partial, self.partial = self.partial, None
+            if partial:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial.name)
+                    partial.close()
             self.journal.mark("not cached", file=self.file.name, reason=error.strerror)
-            self.partial.close()
 
     def write(self, begin: int, end: int) -> None:
         with self.giving_up_on_errors():
-            while begin < end and not self.partial.closed:
+            while begin < end and self.partial:
                 begin += self.partial.write(self.place[begin:end])
         self.buffer.release(self.file, end, self.buffer.CACHE)
 
     def close(self, verified: bool) -> None:
-        if self.partial.closed:
+        if not self.partial:
             return
         with self.giving_up_on_errors(), self.partial:
             if verified:

@@ -998,6 +998,12 @@ def test_chunks_take_their_turns_in_order():
 # ---- the cache of a remote checkpoint ---------------------------------------------------------------
 
 
+def small_files(copy: Path) -> Path:
+    """The folder of a copy from which the server takes all but the weights."""
+    (folder,) = (path for path in copy.iterdir() if path.is_dir())
+    return folder
+
+
 def test_cache_is_filled_and_used(copied, tmp_path):
     add_adapter(copied, 1, ["q_proj"])
     for _ in range(2):
@@ -1005,9 +1011,11 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         reading.wait_for_all()
         assert reading.launch.reader.wait(30) == 0
         (cached,) = (tmp_path / "cache").iterdir()
-        names = {path.name for path in cached.iterdir()}
-        assert {"progressive.json", "config.json", "tokenizer.json", "model-stage1.safetensors"} <= names
-        assert not [name for name in names if name.endswith(".partial")]
+        assert reading.plan.root == small_files(cached)
+        assert {"progressive.json", "config.json", "tokenizer.json"} <= {
+            path.name for path in reading.plan.root.iterdir()
+        }
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
         assert reading.launch.adapters == [1]
         for path in copied.glob("*.safetensors"):
             assert (cached / path.name).read_bytes() == path.read_bytes()
@@ -1016,6 +1024,41 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         path.unlink()  # the third start can only read the copy
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "generation_config.json", "config.json", "adapters/stage1/adapter_config.json"]
+)
+def test_cache_follows_what_is_mended(name, copied, tmp_path):
+    """Also where the weights stay the same; and then these are not fetched again."""
+    add_adapter(copied, 1, ["q_proj"])
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    before = {path: path.read_bytes() for path in earlier.plan.root.rglob("*") if path.is_file()}
+    with open(copied / name, "a") as file:
+        file.write(" ")
+    for path in copied.glob("*.safetensors"):
+        path.unlink()
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert (reading.plan.root / name).read_bytes() == (copied / name).read_bytes()
+    assert {path: path.read_bytes() for path in before} == before  # a server may still read there
+
+
+def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path):
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    root = earlier.plan.root
+    (root / "tokenizer.json").write_bytes(bytes((root / "tokenizer.json").stat().st_size))
+    (root / "progressive.json").write_text("")
+    (root / "config.json").unlink()
+    (root / "chat_template.jinja").write_text("of nobody")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.plan.root == root
+    found = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert found == {path.name: path.read_bytes() for path in copied.iterdir() if path.name in found}
+    assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
 
 
 def test_cache_survives_being_killed(copied, tmp_path):
@@ -1044,7 +1087,12 @@ def test_copy_that_went_bad_is_removed(copied, tmp_path):
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage2.safetensors" in reading.progress.error and "removed" in reading.progress.error
     assert not (cached / "model-stage2.safetensors").exists()
-    Reading(copied, cache_dir=tmp_path / "cache").wait_for_all()
+    truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(30) == 0
+    for path in copied.glob("*.safetensors"):
+        assert (cached / path.name).read_bytes() == path.read_bytes()
 
 
 def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
@@ -1058,11 +1106,57 @@ def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monk
     buffer.open_for(cache=True)
     copy = progressive_serve.CacheCopy(tmp_path, file, buffer, journal)
     with open("/dev/full", "wb", buffering=0) as full:
-        copy.partial = SimpleNamespace(write=full.write, close=full.close, closed=False)
+        copy.partial = SimpleNamespace(write=full.write, close=full.close, name=copy.partial.name)
         copy.write(0, 4096)
     assert full.closed
     assert buffer.marks[buffer.CACHE][0] == 4096  # nobody waits for it
     assert journal.follow()[0]["event"] == "not cached" and "space" in journal.events[0]["reason"]
+    assert not list(tmp_path.glob("*.partial"))  # and it takes no room
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str):
+    """A file system of its own in a new folder, with so little room that it becomes full."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a full disk cannot be made here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+FULL_DISKS = {  # options of tmpfs, and what finds no room
+    "no folder": ("nr_inodes=1", ["config.json", "stage1", "stage2", "stage3"]),
+    "nothing": ("size=8k", ["config.json", "stage1", "stage2", "stage3"]),
+    "the small files": ("size=64k", ["stage1", "stage2", "stage3"]),
+    "all but the last stage": ("size=2600k", ["stage3"]),
+    "no more files": ("nr_inodes=11", ["stage2", "stage3"]),
+}
+
+
+@pytest.mark.parametrize("room_for", FULL_DISKS)
+def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
+    options, expected = FULL_DISKS[room_for]
+    with small_disk(tmp_path / "disk", options) as disk:
+        reading = Reading(copied, cache_dir=disk / "cache")
+        reading.wait_for_all()
+        assert reading.launch.reader.wait(30) == 0
+        reading.wait_for(lambda progress: True)
+        for file in reading.plan.files:
+            assert reading.bytes_of(file.name) == (copied / file.name).read_bytes()
+        told = [entry for entry in reading.progress.timeline if entry["event"] == "not cached"]
+        assert [re.sub(r"model-|\.safetensors", "", entry["file"]) for entry in told] == expected
+        assert all("No space left" in entry["reason"] for entry in told if entry["file"] != "config.json")
+        assert (reading.plan.root / "config.json").read_bytes() == (copied / "config.json").read_bytes()
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100", disk], check=True)
+        reading = Reading(copied, cache_dir=disk / "cache")
+        assert reading.launch.reader.wait(30) == 0
+        (cached,) = (disk / "cache").iterdir()
+        assert reading.plan.root == small_files(cached)
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
 
 
 # ---- object stores ----------------------------------------------------------------------------------
