@@ -88,7 +88,8 @@ READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enou
 READ_THREADS = 8  # chunks on their way at most
 QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
 OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
-GROWTH_SECONDS = 10.0  # how long a file that is being copied to its place may stand still
+GROWTH_SECONDS = 10.0  # how long a folder that is being copied to its place may stand still
+STILL_SECONDS = 1.0  # how long a file has to stand still before it is worth reading again
 NEVER = (1 << 63) - 1  # largest int64
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
 CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
@@ -457,12 +458,26 @@ def check_files(plan: Plan, location: Location) -> None:
     for path, size in ((location.path_of(file), file.bytes) for file in plan.files):
         if is_uri(path):
             continue
-        found = os.stat(path) if os.path.isfile(path) else None
-        growing = found and found.st_size < size and time.time() - found.st_mtime < GROWTH_SECONDS
-        if growing or (found and found.st_size == size):
+        found = os.stat(path).st_size if os.path.isfile(path) else None
+        if found == size:
             continue
-        state = f"has {found.st_size} bytes instead of {size}" if found else "is missing"
+        folder = os.path.dirname(path)
+        if (found is None or found < size) and not all(map(is_settled, [folder, *files_on_their_way(folder)])):
+            continue
+        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
         raise UsageError(f"{path} {state}\ncopy the checkpoint again, or make it again with prune_and_split.py")
+
+
+def is_settled(path: str) -> bool:
+    """Whether nobody is writing to a file or folder any more, as far as the time of its last change tells."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - os.stat(path).st_mtime > GROWTH_SECONDS
+    return False
+
+
+def files_on_their_way(folder: str) -> list[str]:
+    """The stage files of a folder, also under the names that copying tools give them until they are whole."""
+    return [entry.path for entry in os.scandir(folder) if ".safetensors" in entry.name]
 
 
 # ---- journal: the timeline that joins the processes -------------------------------------------------
@@ -701,6 +716,7 @@ class StageReader:
         self.location = Location(Path(job.root), job.source, job.keep)
         self.buffer = WeightBuffer(job.buffer, self.plan)
         self.pace = Pace(self.buffer, job.window, job.limit_mbps * 1e6)
+        self.marked = 0.0  # when the journal was last told how far the reading is
         self.writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # of the copies in the cache
 
     def run(self) -> int:
@@ -722,7 +738,12 @@ class StageReader:
     def read_file(self, file: StageFile) -> None:
         """Read one file into its place and hash it on the way.
 
-        Raises UsageError for a wrong checksum and for a file that ends too early, OSError and ValueError for storage.
+        What has arrived is handed out at once. Not so of a file that has changed lately: it may still be on its way to
+        the folder, and where a copier has made room for all of it, zeros stand for what is missing. Such a file is read
+        again as long as it changes, and handed out when it has been verified.
+
+        Raises UsageError for a wrong checksum and for a file that is missing or ends too early, OSError and ValueError
+        for storage.
         """
         from blake3 import blake3  # here: only the reader needs it
 
@@ -732,16 +753,19 @@ class StageReader:
         copy = CacheCopy(Path(location.keep), file, self.buffer, self.journal) if copied else None
         before = sum(earlier.bytes for earlier in itertools.takewhile(file.__ne__, self.plan.files))
         read = read_object if is_uri(path) else read_local
-        hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
-        for end in read(path, place, functools.partial(self.pace.turn, before)):
-            hasher.update(place[done:end])
-            if copy:
-                self.writer.submit(copy.write, done, end)
-            done = end
-            if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
-                marked = time.monotonic()
-                self.journal.mark("read", file=file.name, bytes=done)
-        verified = hasher.hexdigest() == file.blake3
+        whole = is_uri(path) or from_cache or (is_settled(path) and os.path.getsize(path) == file.bytes)
+        while True:
+            state, hasher, done = state_of(path), blake3(max_threads=blake3.AUTO), 0
+            for end in read(path, place, functools.partial(self.pace.turn, before)):
+                hasher.update(place[done:end])
+                if whole:
+                    self.hand_out(file, copy, done, end)
+                done = end
+            verified = hasher.hexdigest() == file.blake3
+            if verified or whole or not has_changed(path, state):
+                break
+        if verified and not whole:
+            self.hand_out(file, copy, 0, file.bytes)
         if copy:
             self.writer.submit(copy.close, verified)
         elif from_cache:
@@ -753,6 +777,14 @@ class StageReader:
             raise UsageError(f"{path}: the copy in the cache had gone bad and {remedy}")
         if not verified:
             raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
+
+    def hand_out(self, file: StageFile, copy: "CacheCopy | None", begin: int, end: int) -> None:
+        """Bytes begin..end of a file have arrived: tell the workers, and have them copied."""
+        if copy:
+            self.writer.submit(copy.write, begin, end)
+        if begin == 0 or end == file.bytes or time.monotonic() - self.marked > READ_MARK_SECONDS:
+            self.marked = time.monotonic()
+            self.journal.mark("read", file=file.name, bytes=end)
 
 
 def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
@@ -767,22 +799,62 @@ def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
         with turn(begin, end):
             while begin < end:
                 count = os.preadv(file.fileno(), [place[begin:end]], begin)
-                begin += count or wait_for_growth(path, begin, len(place))
+                begin += count or wait_for_growth(file, begin, len(place))
         return end
 
+    wait_for_file(path)
     with open(path, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reads ahead by itself, no more than `turn` allows
         yield from pool.map(read_chunk, range(0, len(place), READ_CHUNK))
 
 
-def wait_for_growth(path: str, size: int, expected: int) -> int:
-    """A file that ends early may still be being copied there: wait as long as it grows. Returns 0."""
-    deadline = time.monotonic() + GROWTH_SECONDS
-    while os.stat(path).st_size <= size:
-        if time.monotonic() > deadline:
-            raise UsageError(f"{path} ends after {size} of {expected} bytes; copy the checkpoint again")
+def wait_for_file(path: str) -> None:
+    """A file that is missing may still be copied there, after others: wait as long as they change."""
+    for _ in while_copied(os.path.dirname(path)):
+        if os.path.exists(path):
+            return
+    raise UsageError(f"{path} is missing; copy the checkpoint again, or make it again with prune_and_split.py")
+
+
+def wait_for_growth(file: io.FileIO, size: int, expected: int) -> int:
+    """A file that ends early may still be being copied there: wait as long as it or others change. Returns 0."""
+    for _ in while_copied(os.path.dirname(file.name)):
+        if os.fstat(file.fileno()).st_size > size:
+            return 0
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise UsageError(f"{file.name} was replaced by another file while it was read; start again")
+    raise UsageError(f"{file.name} ends after {size} of {expected} bytes; copy the checkpoint again")
+
+
+def while_copied(folder: str) -> Iterator[None]:
+    """Goes on, every POLL_SECONDS, until the stage files in a folder have stood still for GROWTH_SECONDS."""
+    seen, deadline = None, math.inf
+    while time.monotonic() < deadline:
+        yield
         time.sleep(POLL_SECONDS)
-    return 0
+        found = {path: state_of(path) for path in files_on_their_way(folder)}
+        if found != seen:
+            seen, deadline = found, time.monotonic() + GROWTH_SECONDS
+
+
+def has_changed(path: str, before: tuple | None) -> bool:
+    """Whether a file is no longer as `before`; waits GROWTH_SECONDS for that, and then until it stands still."""
+    seen, since = before, time.monotonic()
+    while True:
+        found = state_of(path)
+        if found != seen:
+            seen, since = found, time.monotonic()
+        if time.monotonic() - since > (GROWTH_SECONDS if seen == before else STILL_SECONDS):
+            return seen != before
+        time.sleep(POLL_SECONDS)
+
+
+def state_of(path: str) -> tuple | None:
+    """What changes when a file is written to or replaced; None while there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def read_object(uri: str, place: memoryview, turn: Callable) -> Iterator[int]:

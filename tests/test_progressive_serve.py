@@ -464,6 +464,7 @@ def flip_last_byte(path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
+    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
 
 
 def test_bad_stage_1_ends_the_server(split_tiny, tmp_path):
@@ -565,10 +566,17 @@ def edit_config(checkpoint: Path, **values) -> None:
     (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
 
 
+def age(folder: Path) -> Path:
+    """Nobody is just copying it there."""
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (0, 0))
+    return folder
+
+
 def truncate(path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
+    os.utime(path, (0, 0))
 
 
 BAD_CHECKPOINTS = {
@@ -600,6 +608,7 @@ def test_bad_checkpoint(case, split_tiny, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(split_tiny, folder)
     spoil(folder)
+    age(folder)
     done = run_script(SERVER, folder, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()
@@ -849,8 +858,8 @@ class Reading:
 
 @pytest.fixture
 def copied(split_tiny, tmp_path) -> Path:
-    """A copy of the tiny checkpoint, to be spoilt."""
-    return Path(shutil.copytree(split_tiny, tmp_path / "copied"))
+    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
+    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
 
 
 def test_reader_delivers_every_byte(split_tiny):
@@ -890,6 +899,74 @@ def test_reader_gives_up_on_a_file_that_does_not_grow(copied, monkeypatch):
         list(pages)
 
 
+def test_reader_waits_for_files_that_are_still_to_come(copied):
+    """cp -r makes one file after the other, in any order; rsync gives them their names at the end."""
+    import progressive_serve
+
+    parts = {path: path.read_bytes() for path in copied.glob("*.safetensors")}
+    for path in parts:
+        path.unlink()
+    reading = Reading(copied)
+    for path in sorted(parts, reverse=True):
+        beginning, rest = parts[path][:100_000], parts[path][100_000:]
+        coming = path.with_name(f".{path.name}.x7Qz")
+        coming.write_bytes(beginning)
+        time.sleep(0.2)
+        with open(coming, "ab") as file:
+            file.write(rest)
+        assert not reading.progress.resident
+        coming.rename(path)
+    reading.wait_for_all()
+    for path, data in parts.items():
+        assert reading.bytes_of(path.name) == data
+        path.unlink()
+    age(copied)
+    with pytest.raises(progressive_serve.UsageError, match="model-stage1.safetensors is missing"):
+        Reading(copied)
+
+
+@pytest.mark.parametrize("make_room", [os.posix_fallocate, lambda file, _, size: os.truncate(file, size)])
+def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied):
+    """Nobody gets the zeros that stand for what has not been copied, and nobody an error."""
+    path = copied / "model-stage1.safetensors"
+    data = path.read_bytes()
+    with open(path, "wb", buffering=0) as file:
+        make_room(file.fileno(), 0, len(data))
+        reading = Reading(copied)
+        for begin in range(0, len(data), len(data) // 20 + 1):
+            time.sleep(0.1)
+            reading.wait_for(lambda progress: True)
+            assert reading.progress.error is None and not reading.progress.read
+            file.write(data[begin : begin + len(data) // 20 + 1])
+    reading.wait_for_all()
+    assert reading.bytes_of(path.name) == data
+
+
+def test_reader_says_when_a_file_stays_as_it_was_made(copied):
+    """Room that was made for a file and never filled: the error comes, if later."""
+    path = copied / "model-stage2.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(bytes(size))
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
+    assert reading.progress.resident == {1} and path.name not in reading.progress.read
+
+
+def test_reader_names_the_file_that_was_replaced(copied, monkeypatch):
+    """What it has open will never grow."""
+    import progressive_serve
+
+    path = copied / "model-stage2.safetensors"
+    whole = path.read_bytes()
+    truncate(path)
+    place = memoryview(bytearray(len(whole)))
+    replaced = threading.Timer(0.2, lambda: (copied / "new").write_bytes(whole) and (copied / "new").rename(path))
+    replaced.start()
+    with pytest.raises(progressive_serve.UsageError, match="model-stage2.safetensors was replaced"):
+        list(progressive_serve.read_local(str(path), place, lambda *_: contextlib.nullcontext()))
+
+
 def test_reader_names_the_file_that_is_wrong(copied):
     flip_last_byte(copied / "model-stage2.safetensors")
     reading = Reading(copied)
@@ -915,6 +992,7 @@ def test_garbage_in_a_header_is_a_wrong_checksum(copied):
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(b"garbage")
+    age(copied)
     launch = progressive_serve.start_reading(copied, start=time.monotonic())
     source = progressive_serve.StageSource(launch.loader_config(), launch.plan, rank=0, workers=1)
     with pytest.raises((ValueError, RuntimeError)):
