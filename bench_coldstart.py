@@ -859,7 +859,8 @@ def loader_alone_mbps(args: argparse.Namespace) -> float:
     memory = os.memfd_create("bench-coldstart")
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
-        job = {"root": str(args.checkpoint), "source": str(args.checkpoint), "keep": False, "journal": str(journal)}
+        job = {"parent": os.getpid(), "scratch": ""}
+        job |= {"root": str(args.checkpoint), "source": str(args.checkpoint), "keep": "", "journal": str(journal)}
         job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "window": 1 << 62, "hold_stage": 1, "limit_mbps": 0.0}
         try:
             subprocess.run([sys.executable, str(SERVER), "_read", json.dumps(job)], check=True)

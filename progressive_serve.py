@@ -54,6 +54,7 @@ import functools
 import gc
 import heapq
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -88,7 +89,8 @@ READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enou
 READ_THREADS = 8  # chunks on their way at most
 QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
 OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
-GROWTH_SECONDS = 10.0  # how long a file that is being copied to its place may stand still
+GROWTH_SECONDS = 10.0  # how long a folder that is being copied to its place may stand still
+STILL_SECONDS = 1.0  # how long a file has to stand still before it is worth reading again
 NEVER = (1 << 63) - 1  # largest int64
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
@@ -346,13 +348,21 @@ def linear_shape(config: dict, weight: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Location:
-    root: Path  # local folder: manifest, configuration, tokenizer, and the stage files that are there already
-    source: str  # folder or URI of the other stage files
-    keep: bool = False  # whether what is read from `source` is written to `root` as well
+    root: Path  # local folder: manifest, configuration, tokenizer, adapters
+    source: str  # folder or URI of the stage files
+    keep: str = ""  # local folder that copies of the stage files are written to, and read from; "": none
 
     def path_of(self, file: StageFile) -> str:
-        local = self.root / file.name
-        return str(local) if local.is_file() else f"{self.source.rstrip('/')}/{file.name}"
+        return self.copy_of(file) if self.is_kept(file) else f"{self.source.rstrip('/')}/{file.name}"
+
+    def copy_of(self, file: StageFile) -> str:
+        return f"{self.keep}/{file.name}"
+
+    def is_kept(self, file: StageFile) -> bool:
+        """Whether a copy is there. One of another size has gone bad, and is read and written anew."""
+        with contextlib.suppress(OSError):
+            return bool(self.keep) and os.path.getsize(self.copy_of(file)) == file.bytes
+        return False
 
 
 def is_uri(checkpoint: str | Path) -> bool:
@@ -362,48 +372,91 @@ def is_uri(checkpoint: str | Path) -> bool:
 def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Location:
     """Find a checkpoint; the small files of one that is remote, or to be cached, are fetched. Raises UsageError.
 
-    A cached copy is named after its adapters and its manifest, which names the checksums of everything else: another
-    checkpoint is another folder. It becomes visible whole or not at all.
+    In the cache, a folder that is named after the manifest, and so after the checksums of the weights, holds the stage
+    files, and one folder in it for each state of the small files holds these, named after what they are called and
+    contain: a mended chat template is another folder beside the same weights. Small files are fetched and compared at
+    every start, stage files are verified while they are read, so nothing that has gone bad is served. A folder of
+    another manifest is never removed: that is for whoever owns the cache to do, while no server reads from it.
     """
     source = str(checkpoint)
     if cache_dir is None and not is_uri(source):
         return Location(Path(source), source)
+    fetched = scratch / "checkpoint"
+    fetch_small_files(source, fetched)
+    if not (fetched / "progressive.json").is_file():
+        raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
+    if cache_dir is None:
+        return Location(fetched, source)
+    keep = cache_dir / f"{Path(source).name}-{identity_of([fetched / 'progressive.json'], fetched)}"
+    root = keep / identity_of(files_below(fetched), fetched)
     try:
-        parent = scratch if cache_dir is None else cache_dir
-        parent.mkdir(parents=True, exist_ok=True)
-        fetched = Path(tempfile.mkdtemp(prefix=".fetch-", dir=parent))
+        keep.mkdir(parents=True, exist_ok=True)
+        keep_small_files(fetched, root)
     except OSError as error:
-        raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another one") from error
-    try:
-        fetch_small_files(source, fetched)
-        if not (fetched / "progressive.json").is_file():
-            raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
-        from blake3 import blake3
+        if not keep.is_dir() and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another") from error
+        root = fetched  # the reader tells it in the timeline
+    else:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Location(root, source, str(keep))
 
-        identity = blake3((fetched / "progressive.json").read_bytes())
-        for path in sorted(fetched.glob(ADAPTER_FILES)):
-            identity.update(path.read_bytes())
-        root = parent / f"{Path(source).name}-{identity.hexdigest()[:16]}"
-        with contextlib.suppress(OSError):  # already there
-            fetched.rename(root)
-    finally:
-        shutil.rmtree(fetched, ignore_errors=True)
-    return Location(root, source, keep=cache_dir is not None)
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def identity_of(paths: list[Path], folder: Path) -> str:
+    """16 hex digits that stand for the names, relative to `folder`, and the contents of some files in it."""
+    from blake3 import blake3
+
+    hashes = [(str(path.relative_to(folder)), blake3(path.read_bytes()).hexdigest()) for path in paths]
+    return blake3(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def keep_small_files(fetched: Path, root: Path) -> None:
+    """Make `root` equal to `fetched`: what is missing or differs is replaced, each file whole, what is not in it goes.
+
+    Other servers may read there, or do the same. Raises OSError where the cache is full or cannot be written.
+    """
+    paths = {path.relative_to(fetched) for path in files_below(fetched)}
+    for surplus in {path.relative_to(root) for path in files_below(root)} - paths:
+        (root / surplus).unlink(missing_ok=True)
+    for path in paths:
+        kept = root / path
+        if kept.is_file() and kept.read_bytes() == (fetched / path).read_bytes():
+            continue
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".small-", dir=root.parent)
+        os.close(handle)
+        try:
+            shutil.copy2(fetched / path, partial)
+            os.replace(partial, kept)
+        except BaseException:
+            os.unlink(partial)
+            raise
 
 
 def fetch_small_files(source: str, folder: Path) -> None:
-    """Everything but the stage files. Object stores through runai-model-streamer, as vLLM does."""
+    """Everything but the stage files, into a new folder. Object stores through runai-model-streamer, as vLLM does.
+
+    Raises UsageError.
+    """
     if not is_uri(source):
         if not Path(source).is_dir():
             raise UsageError(f"no such checkpoint folder: {source}")
-        for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
-            shutil.copy2(path, folder)
-        if (Path(source) / "adapters").is_dir():
-            shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
+        try:
+            folder.mkdir(parents=True)
+            for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
+                shutil.copy2(path, folder)
+            if (Path(source) / "adapters").is_dir():
+                shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
+        except OSError as error:
+            raise UsageError(f"{source} cannot be copied to {folder} ({error}): is there room in TMPDIR?") from error
         return
     try:
         from runai_model_streamer import pull_files
 
+        folder.mkdir(parents=True)
         pull_files(source, str(folder), allow_pattern=[*(f"*{suffix}" for suffix in SMALL_FILES), f"*{ADAPTER_FILES}"])
     except ImportError as error:
         raise UsageError(f"{source} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
@@ -416,12 +469,26 @@ def check_files(plan: Plan, location: Location) -> None:
     for path, size in ((location.path_of(file), file.bytes) for file in plan.files):
         if is_uri(path):
             continue
-        found = os.stat(path) if os.path.isfile(path) else None
-        growing = found and found.st_size < size and time.time() - found.st_mtime < GROWTH_SECONDS
-        if growing or (found and found.st_size == size):
+        found = os.stat(path).st_size if os.path.isfile(path) else None
+        if found == size:
             continue
-        state = f"has {found.st_size} bytes instead of {size}" if found else "is missing"
+        folder = os.path.dirname(path)
+        if (found is None or found < size) and not all(map(is_settled, [folder, *files_on_their_way(folder)])):
+            continue
+        state = "is missing" if found is None else f"has {found} bytes instead of {size}"
         raise UsageError(f"{path} {state}\ncopy the checkpoint again, or make it again with prune_and_split.py")
+
+
+def is_settled(path: str) -> bool:
+    """Whether nobody is writing to a file or folder any more, as far as the time of its last change tells."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - os.stat(path).st_mtime > GROWTH_SECONDS
+    return False
+
+
+def files_on_their_way(folder: str) -> list[str]:
+    """The stage files of a folder, also under the names that copying tools give them until they are whole."""
+    return [entry.path for entry in os.scandir(folder) if ".safetensors" in entry.name]
 
 
 # ---- journal: the timeline that joins the processes -------------------------------------------------
@@ -649,7 +716,7 @@ class ReadJob:
     scratch: str  # folder that goes with the server, if it is there
     root: str
     source: str
-    keep: bool
+    keep: str
     journal: str
     buffer: str
     window: int  # bytes that may lie in the buffer
@@ -669,12 +736,15 @@ class StageReader:
         self.location = Location(Path(job.root), job.source, job.keep)
         self.buffer = WeightBuffer(job.buffer, self.plan)
         self.pace = Pace(self.buffer, job.window, job.limit_mbps * 1e6)
+        self.marked = 0.0  # when the journal was last told how far the reading is
         self.writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # of the copies in the cache
 
     def run(self) -> int:
         """Returns the exit status of the process."""
         try:
             with self.writer:
+                if self.location.keep and self.location.root.parent != Path(self.location.keep):
+                    self.journal.mark("not cached", file="config.json", reason="the small files could not be written")
                 for stage in self.plan.stages[: self.hold_stage]:
                     self.journal.mark("reading", stage=stage.number)
                     for file in stage.files:
@@ -688,34 +758,53 @@ class StageReader:
     def read_file(self, file: StageFile) -> None:
         """Read one file into its place and hash it on the way.
 
-        Raises UsageError for a wrong checksum and for a file that ends too early, OSError and ValueError for storage.
+        What has arrived is handed out at once. Not so of a file that has changed lately: it may still be on its way to
+        the folder, and where a copier has made room for all of it, zeros stand for what is missing. Such a file is read
+        again as long as it changes, and handed out when it has been verified.
+
+        Raises UsageError for a wrong checksum and for a file that is missing or ends too early, OSError and ValueError
+        for storage.
         """
         from blake3 import blake3  # here: only the reader needs it
 
         location, path, place = self.location, self.location.path_of(file), self.buffer.place_of(file)
-        from_cache = location.keep and path == str(location.root / file.name)
-        copy = CacheCopy(location.root, file, self.buffer, self.journal) if location.keep and not from_cache else None
+        from_cache = bool(location.keep) and path == location.copy_of(file)
+        copied = location.keep and not from_cache
+        copy = CacheCopy(Path(location.keep), file, self.buffer, self.journal) if copied else None
         before = sum(earlier.bytes for earlier in itertools.takewhile(file.__ne__, self.plan.files))
         read = read_object if is_uri(path) else read_local
-        hasher, done, marked = blake3(max_threads=blake3.AUTO), 0, 0.0
-        for end in read(path, place, functools.partial(self.pace.turn, before)):
-            hasher.update(place[done:end])
-            if copy:
-                self.writer.submit(copy.write, done, end)
-            done = end
-            if done == file.bytes or time.monotonic() - marked > READ_MARK_SECONDS:
-                marked = time.monotonic()
-                self.journal.mark("read", file=file.name, bytes=done)
-        verified = hasher.hexdigest() == file.blake3
+        whole = is_uri(path) or from_cache or (is_settled(path) and os.path.getsize(path) == file.bytes)
+        while True:
+            state, hasher, done = state_of(path), blake3(max_threads=blake3.AUTO), 0
+            for end in read(path, place, functools.partial(self.pace.turn, before)):
+                hasher.update(place[done:end])
+                if whole:
+                    self.hand_out(file, copy, done, end)
+                done = end
+            verified = hasher.hexdigest() == file.blake3
+            if verified or whole or not has_changed(path, state):
+                break
+        if verified and not whole:
+            self.hand_out(file, copy, 0, file.bytes)
         if copy:
             self.writer.submit(copy.close, verified)
         elif from_cache:
             self.buffer.release(file, file.bytes, self.buffer.CACHE)
         if not verified and from_cache:
-            Path(path).unlink()
-            raise UsageError(f"{path}: the copy in the cache had gone bad and was removed; start again")
+            with contextlib.suppress(OSError):  # a cache that can only be read
+                os.unlink(path)
+            remedy = "remove it and start again" if os.path.exists(path) else "was removed; start again"
+            raise UsageError(f"{path}: the copy in the cache had gone bad and {remedy}")
         if not verified:
             raise UsageError(f"{path}: blake3 checksum differs from progressive.json; copy the checkpoint again")
+
+    def hand_out(self, file: StageFile, copy: "CacheCopy | None", begin: int, end: int) -> None:
+        """Bytes begin..end of a file have arrived: tell the workers, and have them copied."""
+        if copy:
+            self.writer.submit(copy.write, begin, end)
+        if begin == 0 or end == file.bytes or time.monotonic() - self.marked > READ_MARK_SECONDS:
+            self.marked = time.monotonic()
+            self.journal.mark("read", file=file.name, bytes=end)
 
 
 def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
@@ -730,22 +819,62 @@ def read_local(path: str, place: memoryview, turn: Callable) -> Iterator[int]:
         with turn(begin, end):
             while begin < end:
                 count = os.preadv(file.fileno(), [place[begin:end]], begin)
-                begin += count or wait_for_growth(path, begin, len(place))
+                begin += count or wait_for_growth(file, begin, len(place))
         return end
 
+    wait_for_file(path)
     with open(path, "rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # reads ahead by itself, no more than `turn` allows
         yield from pool.map(read_chunk, range(0, len(place), READ_CHUNK))
 
 
-def wait_for_growth(path: str, size: int, expected: int) -> int:
-    """A file that ends early may still be being copied there: wait as long as it grows. Returns 0."""
-    deadline = time.monotonic() + GROWTH_SECONDS
-    while os.stat(path).st_size <= size:
-        if time.monotonic() > deadline:
-            raise UsageError(f"{path} ends after {size} of {expected} bytes; copy the checkpoint again")
+def wait_for_file(path: str) -> None:
+    """A file that is missing may still be copied there, after others: wait as long as they change."""
+    for _ in while_copied(os.path.dirname(path)):
+        if os.path.exists(path):
+            return
+    raise UsageError(f"{path} is missing; copy the checkpoint again, or make it again with prune_and_split.py")
+
+
+def wait_for_growth(file: io.FileIO, size: int, expected: int) -> int:
+    """A file that ends early may still be being copied there: wait as long as it or others change. Returns 0."""
+    for _ in while_copied(os.path.dirname(file.name)):
+        if os.fstat(file.fileno()).st_size > size:
+            return 0
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise UsageError(f"{file.name} was replaced by another file while it was read; start again")
+    raise UsageError(f"{file.name} ends after {size} of {expected} bytes; copy the checkpoint again")
+
+
+def while_copied(folder: str) -> Iterator[None]:
+    """Goes on, every POLL_SECONDS, until the stage files in a folder have stood still for GROWTH_SECONDS."""
+    seen, deadline = None, math.inf
+    while time.monotonic() < deadline:
+        yield
         time.sleep(POLL_SECONDS)
-    return 0
+        found = {path: state_of(path) for path in files_on_their_way(folder)}
+        if found != seen:
+            seen, deadline = found, time.monotonic() + GROWTH_SECONDS
+
+
+def has_changed(path: str, before: tuple | None) -> bool:
+    """Whether a file is no longer as `before`; waits GROWTH_SECONDS for that, and then until it stands still."""
+    seen, since = before, time.monotonic()
+    while True:
+        found = state_of(path)
+        if found != seen:
+            seen, since = found, time.monotonic()
+        if time.monotonic() - since > (GROWTH_SECONDS if seen == before else STILL_SECONDS):
+            return seen != before
+        time.sleep(POLL_SECONDS)
+
+
+def state_of(path: str) -> tuple | None:
+    """What changes when a file is written to or replaced; None while there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def read_object(uri: str, place: memoryview, turn: Callable) -> Iterator[int]:
@@ -819,32 +948,40 @@ class CacheCopy:
     the cache, such as a full disk, is told in the timeline and costs the copy, not the server.
     """
 
-    def __init__(self, root: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
-        self.path, self.file, self.buffer, self.journal = root / file.name, file, buffer, journal
+    def __init__(self, folder: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
+        self.path, self.file, self.buffer, self.journal = folder / file.name, file, buffer, journal
         self.place = buffer.place_of(file)
-        self.partial = open(root / f"{file.name}.partial", "ab", buffering=0)
+        self.partial: io.FileIO | None = None  # while this server writes it
         with self.giving_up_on_errors():
-            fcntl.flock(self.partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self.partial.fileno()), os.stat(self.partial.name)):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = open(f"{self.path}.partial", "ab", buffering=0)
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(partial.fileno()), os.stat(partial.name)):
                 raise OSError(errno.EBUSY, "another server has just written it")
-            self.partial.truncate(0)
+            partial.truncate(0)
+            self.partial = partial
 
     @contextlib.contextmanager
     def giving_up_on_errors(self):
+        """What has been written so far takes room that nothing is gained by: it goes."""
         try:
             yield
         except OSError as error:
+            partial, self.partial = self.partial, None
+            if partial:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial.name)
+                    partial.close()
             self.journal.mark("not cached", file=self.file.name, reason=error.strerror)
-            self.partial.close()
 
     def write(self, begin: int, end: int) -> None:
         with self.giving_up_on_errors():
-            while begin < end and not self.partial.closed:
+            while begin < end and self.partial:
                 begin += self.partial.write(self.place[begin:end])
         self.buffer.release(self.file, end, self.buffer.CACHE)
 
     def close(self, verified: bool) -> None:
-        if self.partial.closed:
+        if not self.partial:
             return
         with self.giving_up_on_errors(), self.partial:
             if verified:
@@ -966,7 +1103,7 @@ def start_reading(
     (of_journal, journal_path), (of_buffer, buffer) = map(memory_file, ("progressive-journal", "progressive-weights"))
     journal = Journal(journal_path)
     journal.mark("start", at=start)
-    WeightBuffer(buffer, plan).open_for(cache=location.keep)
+    WeightBuffer(buffer, plan).open_for(cache=bool(location.keep))
     job = ReadJob(
         parent=os.getpid(),
         scratch=str(scratch),

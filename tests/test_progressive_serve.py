@@ -587,6 +587,7 @@ def flip_last_byte(path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
+    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
 
 
 def test_bad_stage_1_ends_the_server(split_tiny, tmp_path):
@@ -689,10 +690,17 @@ def edit_config(checkpoint: Path, **values) -> None:
     (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
 
 
+def age(folder: Path) -> Path:
+    """Nobody is just copying it there."""
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (0, 0))
+    return folder
+
+
 def truncate(path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
-    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
+    os.utime(path, (0, 0))
 
 
 BAD_CHECKPOINTS = {
@@ -724,6 +732,7 @@ def test_bad_checkpoint(case, split_tiny, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(split_tiny, folder)
     spoil(folder)
+    age(folder)
     done = run_script(SERVER, folder, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 2
     error = done.stderr.strip().splitlines()
@@ -1149,8 +1158,8 @@ class Reading:
 
 @pytest.fixture
 def copied(split_tiny, tmp_path) -> Path:
-    """A copy of the tiny checkpoint, to be spoilt."""
-    return Path(shutil.copytree(split_tiny, tmp_path / "copied"))
+    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
+    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
 
 
 def test_reader_delivers_every_byte(split_tiny):
@@ -1190,6 +1199,74 @@ def test_reader_gives_up_on_a_file_that_does_not_grow(copied, monkeypatch):
         list(pages)
 
 
+def test_reader_waits_for_files_that_are_still_to_come(copied):
+    """cp -r makes one file after the other, in any order; rsync gives them their names at the end."""
+    import progressive_serve
+
+    parts = {path: path.read_bytes() for path in copied.glob("*.safetensors")}
+    for path in parts:
+        path.unlink()
+    reading = Reading(copied)
+    for path in sorted(parts, reverse=True):
+        beginning, rest = parts[path][:100_000], parts[path][100_000:]
+        coming = path.with_name(f".{path.name}.x7Qz")
+        coming.write_bytes(beginning)
+        time.sleep(0.2)
+        with open(coming, "ab") as file:
+            file.write(rest)
+        assert not reading.progress.resident
+        coming.rename(path)
+    reading.wait_for_all()
+    for path, data in parts.items():
+        assert reading.bytes_of(path.name) == data
+        path.unlink()
+    age(copied)
+    with pytest.raises(progressive_serve.UsageError, match="model-stage1.safetensors is missing"):
+        Reading(copied)
+
+
+@pytest.mark.parametrize("make_room", [os.posix_fallocate, lambda file, _, size: os.truncate(file, size)])
+def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied):
+    """Nobody gets the zeros that stand for what has not been copied, and nobody an error."""
+    path = copied / "model-stage1.safetensors"
+    data = path.read_bytes()
+    with open(path, "wb", buffering=0) as file:
+        make_room(file.fileno(), 0, len(data))
+        reading = Reading(copied)
+        for begin in range(0, len(data), len(data) // 20 + 1):
+            time.sleep(0.1)
+            reading.wait_for(lambda progress: True)
+            assert reading.progress.error is None and not reading.progress.read
+            file.write(data[begin : begin + len(data) // 20 + 1])
+    reading.wait_for_all()
+    assert reading.bytes_of(path.name) == data
+
+
+def test_reader_says_when_a_file_stays_as_it_was_made(copied):
+    """Room that was made for a file and never filled: the error comes, if later."""
+    path = copied / "model-stage2.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(bytes(size))
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
+    assert reading.progress.resident == {1} and path.name not in reading.progress.read
+
+
+def test_reader_names_the_file_that_was_replaced(copied, monkeypatch):
+    """What it has open will never grow."""
+    import progressive_serve
+
+    path = copied / "model-stage2.safetensors"
+    whole = path.read_bytes()
+    truncate(path)
+    place = memoryview(bytearray(len(whole)))
+    replaced = threading.Timer(0.2, lambda: (copied / "new").write_bytes(whole) and (copied / "new").rename(path))
+    replaced.start()
+    with pytest.raises(progressive_serve.UsageError, match="model-stage2.safetensors was replaced"):
+        list(progressive_serve.read_local(str(path), place, lambda *_: contextlib.nullcontext()))
+
+
 def test_reader_names_the_file_that_is_wrong(copied):
     flip_last_byte(copied / "model-stage2.safetensors")
     reading = Reading(copied)
@@ -1215,6 +1292,7 @@ def test_garbage_in_a_header_is_a_wrong_checksum(copied):
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(b"garbage")
+    age(copied)
     launch = progressive_serve.start_reading(copied, start=time.monotonic())
     source = progressive_serve.StageSource(launch.loader_config(), launch.plan, rank=0, workers=1)
     with pytest.raises((ValueError, RuntimeError)):
@@ -1298,6 +1376,12 @@ def test_chunks_take_their_turns_in_order():
 # ---- the cache of a remote checkpoint ---------------------------------------------------------------
 
 
+def small_files(copy: Path) -> Path:
+    """The folder of a copy from which the server takes all but the weights."""
+    (folder,) = (path for path in copy.iterdir() if path.is_dir())
+    return folder
+
+
 def test_cache_is_filled_and_used(copied, tmp_path):
     add_adapter(copied, 1, ["q_proj"])
     for _ in range(2):
@@ -1305,9 +1389,11 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         reading.wait_for_all()
         assert reading.launch.reader.wait(30) == 0
         (cached,) = (tmp_path / "cache").iterdir()
-        names = {path.name for path in cached.iterdir()}
-        assert {"progressive.json", "config.json", "tokenizer.json", "model-stage1.safetensors"} <= names
-        assert not [name for name in names if name.endswith(".partial")]
+        assert reading.plan.root == small_files(cached)
+        assert {"progressive.json", "config.json", "tokenizer.json"} <= {
+            path.name for path in reading.plan.root.iterdir()
+        }
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
         assert reading.launch.adapters == [1]
         for path in copied.glob("*.safetensors"):
             assert (cached / path.name).read_bytes() == path.read_bytes()
@@ -1316,6 +1402,41 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         path.unlink()  # the third start can only read the copy
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "generation_config.json", "config.json", "adapters/stage1/adapter_config.json"]
+)
+def test_cache_follows_what_is_mended(name, copied, tmp_path):
+    """Also where the weights stay the same; and then these are not fetched again."""
+    add_adapter(copied, 1, ["q_proj"])
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    before = {path: path.read_bytes() for path in earlier.plan.root.rglob("*") if path.is_file()}
+    with open(copied / name, "a") as file:
+        file.write(" ")
+    for path in copied.glob("*.safetensors"):
+        path.unlink()
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert (reading.plan.root / name).read_bytes() == (copied / name).read_bytes()
+    assert {path: path.read_bytes() for path in before} == before  # a server may still read there
+
+
+def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path):
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    root = earlier.plan.root
+    (root / "tokenizer.json").write_bytes(bytes((root / "tokenizer.json").stat().st_size))
+    (root / "progressive.json").write_text("")
+    (root / "config.json").unlink()
+    (root / "chat_template.jinja").write_text("of nobody")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.plan.root == root
+    found = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert found == {path.name: path.read_bytes() for path in copied.iterdir() if path.name in found}
+    assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
 
 
 def test_cache_survives_being_killed(copied, tmp_path):
@@ -1344,7 +1465,12 @@ def test_copy_that_went_bad_is_removed(copied, tmp_path):
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage2.safetensors" in reading.progress.error and "removed" in reading.progress.error
     assert not (cached / "model-stage2.safetensors").exists()
-    Reading(copied, cache_dir=tmp_path / "cache").wait_for_all()
+    truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(30) == 0
+    for path in copied.glob("*.safetensors"):
+        assert (cached / path.name).read_bytes() == path.read_bytes()
 
 
 def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
@@ -1358,12 +1484,61 @@ def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monk
     buffer.open_for(cache=True)
     copy = progressive_serve.CacheCopy(tmp_path, file, buffer, journal)
     with open("/dev/full", "wb", buffering=0) as full:
-        copy.partial = SimpleNamespace(write=full.write, close=full.close, closed=False)
+        copy.partial = SimpleNamespace(write=full.write, close=full.close, name=copy.partial.name)
         copy.write(0, 4096)
     assert full.closed
     assert buffer.marks[buffer.CACHE][0] == 4096  # nobody waits for it
     (event,) = journal.follow()
     assert event["event"] == "not cached" and "space" in event["reason"]
+    assert not list(tmp_path.glob("*.partial"))  # and it takes no room
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str):
+    """A file system of its own in a new folder, with so little room that it becomes full."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a full disk cannot be made here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+FULL_DISKS = {  # options of tmpfs, and what finds no room
+    "no folder": ("nr_inodes=1", ["config.json", "stage1", "stage2", "stage3"]),
+    "nothing": ("size=8k", ["config.json", "stage1", "stage2", "stage3"]),
+    "the small files": ("size=64k", ["stage1", "stage2", "stage3"]),
+    "all but the last stage": ("size=2600k", ["stage3"]),
+    "no more files": ("nr_inodes=11", ["stage2", "stage3"]),
+}
+
+
+@pytest.mark.parametrize("room_for", FULL_DISKS)
+def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
+    options, expected = FULL_DISKS[room_for]
+    with small_disk(tmp_path / "disk", options) as disk:
+        reading = Reading(copied, cache_dir=disk / "cache")
+        reading.wait_for_all()
+
+        def told_of(progress) -> list[dict]:
+            return [entry for entry in progress.timeline if entry["event"] == "not cached"]
+
+        reading.wait_for(lambda progress: len(told_of(progress)) == len(expected))
+        for file in reading.plan.files:
+            assert reading.bytes_of(file.name) == (copied / file.name).read_bytes()
+        told = told_of(reading.progress)
+        assert [re.sub(r"model-|\.safetensors", "", entry["file"]) for entry in told] == expected
+        assert all("No space left" in entry["reason"] for entry in told if entry["file"] != "config.json")
+        assert (reading.plan.root / "config.json").read_bytes() == (copied / "config.json").read_bytes()
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100", disk], check=True)
+        reading = Reading(copied, cache_dir=disk / "cache")
+        assert reading.launch.reader.wait(30) == 0
+        (cached,) = (disk / "cache").iterdir()
+        assert reading.plan.root == small_files(cached)
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
 
 
 # ---- object stores ----------------------------------------------------------------------------------
