@@ -18,11 +18,11 @@ SAY := @printf '\n==> %s\n'
 
 demo: demo/checkpoint/adapters/stage2/training.json
 	$(SAY) "Cold start, stock vLLM against ProgressiveServe (each is started once; a minute or two)"
-	@.venv/bin/python bench_coldstart.py --trials 1 --json results/demo.json
+	@.venv/bin/python bench_coldstart.py --trials 1 --json demo/results/demo.json
 	$(SAY) "The same server on storage so slow that every stage is seen (a minute)"
-	@.venv/bin/python bench_coldstart.py --mode progressive --trials 1 --stretch 60 --json results/demo-stages.json
+	@.venv/bin/python bench_coldstart.py --mode progressive --trials 1 --stretch 60 --json demo/results/demo-stages.json
 	$(SAY) "What each stage knows, with and without its adapter (a minute)"
-	@.venv/bin/python eval_triviaqa.py --json results/quality-demo.json
+	@.venv/bin/python eval_triviaqa.py --json demo/results/quality-demo.json
 
 test: demo/checkpoint/progressive.json
 	$(SAY) "Tests"
@@ -69,4 +69,4 @@ lint: .venv/installed
 	@.venv/bin/python -m ruff check --fix . && .venv/bin/python -m ruff format .
 
 clean:
-	rm -rf .venv demo/model demo/checkpoint
+	rm -rf .venv demo/model demo/checkpoint demo/results
