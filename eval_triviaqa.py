@@ -71,7 +71,9 @@ DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/validation.json")
 HUB_DATASETS = {"triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")}
 PROMPT = "Question: {question}\nAnswer:"
-SAMPLING = {"max_tokens": 10, "temperature": 0, "stop": ["\n"]}  # as in the paper
+# Greedy and at most 10 tokens as in the paper. The stop is ours: the paper names none, and what a model without
+# instruction tuning writes after the first line is a question of its own.
+SAMPLING = {"max_tokens": 10, "temperature": 0, "stop": ["\n"]}
 ATTEMPTS = 4  # of a request that the server could not answer
 BACKOFF = 0.5  # seconds before the second attempt; twice as long before each further one
 START_TIMEOUT = 1800.0  # seconds, for a server on slow storage
