@@ -21,7 +21,9 @@ Scores, in percent of all questions (a missing answer scores 0):
   EM lm-eval   exact match as lm-evaluation-harness computes it: lower case, punctuation deleted, articles kept
 
 Data (--data), told apart by content: `triviaqa` (Hub, mandarjoshi/trivia_qa, rc.nocontext, validation), TriviaQA's own
-JSON, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0.
+JSON, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0. TriviaQA repeats a
+question for each kind of document that it has: it is asked once, and the answers of its rows are united. A line has no
+id: the same text is the same question, and its number is that of its first line.
 
 Outputs: a table; --json FILE with `summary` (the last row of the table), `rows`, and `detail` (an entry for each
 question of each row); a bar chart beside it. Answers are kept in FILE.partial as they come, and a run that was
@@ -250,8 +252,11 @@ def read_triviaqa(path: Path, text: str) -> list[Question]:
 
 
 def read_lines(path: Path, text: str) -> list[Question]:
-    """Lines of question TAB Python list of aliases, numbered from 0. Raises UsageError that names the line."""
-    questions = []
+    """Lines of question TAB Python list of aliases, by the number of the first line that asks it, from 0.
+
+    Raises UsageError that names the line.
+    """
+    questions, numbers = [], {}
     for number, line in enumerate(text.rstrip("\n").split("\n")):  # splitlines() would cut at more than newlines
         try:
             question, cell = next(csv.reader([line], delimiter="\t"))
@@ -261,11 +266,13 @@ def read_lines(path: Path, text: str) -> list[Question]:
             raise UsageError(
                 f"{path}, line {number + 1}: no question, TAB and Python list of aliases: {line[:60]!r}"
             ) from error
-        questions.append(make_question(str(number), question, aliases))
+        name = numbers.setdefault(question, str(number))
+        questions.append(make_question(name, question, aliases))
     return questions
 
 
 def read_hub(name: str) -> list[Question]:
+    """A question for each row. Raises UsageError."""
     from datasets import load_dataset
 
     dataset, config, split = HUB_DATASETS[name]
@@ -280,28 +287,47 @@ def read_hub(name: str) -> list[Question]:
         make_question(
             row["question_id"], row["question"], row["answer"]["aliases"], row["answer"]["normalized_aliases"]
         )
-        for row in tqdm(rows, desc="reading", unit=" questions")
+        for row in tqdm(rows, desc="reading", unit=" rows")
     ]
 
 
+def unite(rows: list[Question], data: str) -> list[Question]:
+    """Each question once, where it came first, with the answers of all its rows.
+
+    Raises UsageError for an id that two questions share.
+    """
+    united: dict[str, Question] = {}
+    for row in rows:
+        first = united.setdefault(row.id, row)
+        if normalize_answer(first.text) != normalize_answer(row.text):
+            raise UsageError(
+                f"--data {data}: two questions have the id {row.id}: {first.text!r} and {row.text!r}\n"
+                "give each an id of its own"
+            )
+        aliases = list(dict.fromkeys(first.aliases + row.aliases))
+        normalized = sorted({*first.normalized, *row.normalized})
+        united[row.id] = replace(first, aliases=aliases, normalized=normalized)
+    return list(united.values())
+
+
 def read_questions(data: str, limit: int | None) -> list[Question]:
-    """The first `limit` questions of --data. Raises UsageError."""
+    """The first `limit` questions of --data, each of them once. Raises UsageError."""
     path = Path(data)
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except ValueError as error:
             raise UsageError(f"--data {data} is no UTF-8 text ({error})") from error
-        questions = (read_triviaqa if text.lstrip()[:1] == "{" else read_lines)(path, text)
+        rows = (read_triviaqa if text.lstrip()[:1] == "{" else read_lines)(path, text)
     elif data in HUB_DATASETS:
-        questions = read_hub(data)
+        rows = read_hub(data)
     else:
         raise UsageError(f"--data {data}: no such file, and not one of {', '.join(HUB_DATASETS)}")
-    if not questions:
+    if not rows:
         raise UsageError(f"--data {data} holds no question")
-    repeated = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
-    if repeated:
-        raise UsageError(f"--data {data}: question {repeated[0]} is there more than once; make the ids different")
+    questions = unite(rows, data)
+    if len(questions) < len(rows):
+        print(f"{data}: {len(questions):,} questions in {len(rows):,} rows")
     return questions[:limit]
 
 

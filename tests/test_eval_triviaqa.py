@@ -71,7 +71,7 @@ def test_rules_on_real_questions():
     if not DPR_DEV.is_file():
         pytest.skip(f"{DPR_DEV} is not there")
     questions = eval_triviaqa.read_questions(str(DPR_DEV), None)
-    assert len(questions) == 8837
+    assert len(questions) == 8837  # DPR has removed its repetitions
     assert [question.id for question in questions[:2]] == ["0", "1"]
     disturbed = [score(f" THE_{question.aliases[-1].upper()}!", question) for question in questions]
     # upper case loses letters for good in a few of them (ß, ŉ)
@@ -135,6 +135,55 @@ def test_lines_are_told_apart_by_content(tmp_path):
     assert [row["em"] for row in result["detail"]] == [0, 1]
 
 
+def hub_row(number: str, question: str, source: str, *aliases: str) -> dict:
+    """A row of the Hub's rc.nocontext: all its columns, of which the documents are empty in this configuration."""
+    normalized = [alias.lower() for alias in aliases]
+    pages = {"doc_source": [], "filename": [], "title": [], "wiki_context": []}
+    results = {"description": [], "filename": [], "rank": [], "title": [], "url": [], "search_context": []}
+    answer = {"aliases": list(aliases), "normalized_aliases": normalized, "value": aliases[0], "type": "FreeForm"}
+    answer |= {"matched_wiki_entity_name": "", "normalized_matched_wiki_entity_name": ""}
+    row = {"question": question, "question_id": number, "question_source": source, "entity_pages": pages}
+    return row | {"search_results": results, "answer": answer | {"normalized_value": normalized[0]}}
+
+
+def test_questions_of_the_hub_are_asked_once(tmp_path, monkeypatch, capsys):
+    """Its validation split has a row for a question's web documents and another for those of Wikipedia."""
+    web = [hub_row("tc_1", "Who painted it?", "web", "Monet"), hub_row("tc_2", "Where?", "web", "Paris")]
+    wikipedia = [hub_row("tc_3", "When?", "wiki", "1872")]
+    wikipedia += [hub_row("tc_1", "Who painted it? ", "wiki", "Claude Monet", "Monet")]
+    (tmp_path / "rc.nocontext").mkdir()
+    rows = [json.dumps(row) for row in web + wikipedia]
+    (tmp_path / "rc.nocontext" / "validation.jsonl").write_text("\n".join(rows))
+    card = "configs:\n- config_name: rc.nocontext\n  data_files:\n  - {split: validation, path: rc.nocontext/*.jsonl}"
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    name, *where = eval_triviaqa.HUB_DATASETS["triviaqa"]
+    assert (name, where) == ("mandarjoshi/trivia_qa", ["rc.nocontext", "validation"])
+    monkeypatch.setitem(eval_triviaqa.HUB_DATASETS, "triviaqa", (str(tmp_path), *where))
+    first, *others = eval_triviaqa.read_questions("triviaqa", None)
+    assert (first.id, first.text) == ("tc_1", "Who painted it?")
+    assert (first.aliases, first.normalized) == (["Monet", "Claude Monet"], ["claude monet", "monet"])
+    assert [question.id for question in others] == ["tc_2", "tc_3"]
+    assert "3 questions in 4 rows" in capsys.readouterr().out
+    assert [question.id for question in eval_triviaqa.read_questions("triviaqa", 2)] == ["tc_1", "tc_2"]
+
+
+def test_repeated_questions_are_united(tmp_path):
+    """TriviaQA's JSON by id, DPR's lines by text; n counts questions."""
+    again = {"Question": "When?", "QuestionId": "q3", "Answer": {"Value": "in 1872", "HumanAnswers": ["the 1870s"]}}
+    data = {"Data": [*TRIVIAQA["Data"], again]}
+    for answer in ("1872", "in 1872", "the 1870s"):
+        done, result = evaluate(tmp_path, "--predictions", predictions(tmp_path, {"q3": answer}), data=data)
+        assert done.returncode == 0, done.stderr
+        assert (result["summary"]["n"], result["detail"][2]["em"]) == (3, 1)
+    lines = LINES + "Who painted it?\t['Oscar-Claude Monet']\nWhen?\t['1872']\n"
+    answers = predictions(tmp_path, {"0": "Oscar-Claude Monet", "3": "1872"})
+    done, result = evaluate(tmp_path, "--predictions", answers, data=lines)
+    assert done.returncode == 0, done.stderr
+    assert [(row["id"], row["em"]) for row in result["detail"]] == [("0", 1), ("1", 0), ("3", 1)]
+    assert "3 questions in 4 rows" in done.stdout
+
+
 MALFORMED = {
     "no JSON": ('{"Data": [\n}', "line 2"),
     "no Data": ({"data": []}, "Data is missing"),
@@ -144,7 +193,7 @@ MALFORMED = {
         "Data[0]",
     ),
     "no id": ({"Data": [{"Question": "?", "Answer": {"Value": "x"}}]}, "Data[0].QuestionId"),
-    "the same id twice": ({"Data": TRIVIAQA["Data"] + TRIVIAQA["Data"][:1]}, "q1"),
+    "an id of two questions": ({"Data": [*TRIVIAQA["Data"], {**TRIVIAQA["Data"][0], "Question": "By whom?"}]}, "id q1"),
     "no question at all": ({"Data": []}, "holds no question"),
     "a line without a tab": ("Who?\t['x']\nWhere?\n", "line 2"),
     "a line without a list": ("Who?\tx y\n", "line 1"),
