@@ -26,8 +26,9 @@ question for each kind of document that it has: it is asked once, and the answer
 id: the same text is the same question, and its number is that of its first line.
 
 Outputs: a table; --json FILE with `summary` (the last row of the table), `rows`, and `detail` (an entry for each
-question of each row); a bar chart beside it. Answers are kept in FILE.partial as they come, and a run that was
-interrupted goes on where it stopped. Exit status: 0, 1 if a server failed or some requests did, 2 for bad input.
+question of each row); a bar chart beside it. A row names the adapter that was served by the blake3 of its weights.
+Answers are kept in FILE.partial as they come, and a run that was interrupted goes on where it stopped. Exit status: 0,
+1 if a server failed or some requests did, 2 for bad input.
 
 "Seconds to stage" and TTFT are from the spawn of the server, with the page cache as it happens to be:
 bench_coldstart.py is the script that measures cold starts.
@@ -61,6 +62,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import aiohttp
+from blake3 import blake3
 from tqdm import tqdm
 
 # ---- constants --------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class Setting:
     """A row of the table: what is asked."""
 
     stage: int | None  # None: whatever the server at --base-url has
-    adapter: bool
+    adapter: str | None  # blake3 of its adapter_model.safetensors; None: without
     model: str  # identity of the weights, or the address
 
 
@@ -549,11 +551,14 @@ def client(address: str, concurrency: int) -> aiohttp.ClientSession:
 
 async def evaluate_stage(args: argparse.Namespace, row: Row, questions: list[Question], kept: Kept) -> None:
     """Start a server of our own at the row's stage, and ask it. Raises ServerError."""
-    async with serve(args.checkpoint, row.setting, args.server_args) as (address, server):
+    setting = row.setting
+    async with serve(args.checkpoint, setting, args.server_args) as (address, server):
         async with client(address, args.concurrency) as session:
             first = {"prompt": PROMPT.format(question=questions[0].text), "max_tokens": 1, "temperature": 0}
             row.ttft = round(await wait_for_first_token(session, server, first), 2)
-            row.seconds_to_stage = round(await wait_for_stage(session, server, row.setting.stage), 2)
+            row.seconds_to_stage = round(await wait_for_stage(session, server, setting.stage), 2)
+            if setting.adapter and setting.adapter != adapter_checksum(args.checkpoint, setting.stage):
+                raise ServerError(f"the adapter of stage {setting.stage} has been replaced while the server started")
             model = (await get_json(session, "/v1/models"))["data"][0]["id"]
             try:
                 await ask_all(session, row, questions, model, kept, args.concurrency)
@@ -576,6 +581,12 @@ async def evaluate_url(args: argparse.Namespace, row: Row, questions: list[Quest
 # ---- settings ---------------------------------------------------------------------------------------
 
 
+def adapter_checksum(checkpoint: Path, stage: int) -> str | None:
+    """blake3 of the weights of a stage's adapter; None: it has none."""
+    path = checkpoint / "adapters" / f"stage{stage}" / "adapter_model.safetensors"
+    return blake3(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def read_settings(args: argparse.Namespace) -> list[Setting]:
     """The rows of the table: each stage without its adapter and, where there is one, with it. Raises UsageError."""
     manifest = args.checkpoint / "progressive.json"
@@ -587,16 +598,13 @@ def read_settings(args: argparse.Namespace) -> list[Setting]:
             f"{args.checkpoint} is no progressive checkpoint ({error})\n"
             "make one with: python prune_and_split.py MODEL OUT"
         ) from error
-    settings = []
+    settings, model = [], hashlib.sha256(content).hexdigest()
     for number in args.stages or range(1, last + 1):
         if not 1 <= number <= last:
             raise UsageError(f"--stages: there is no stage {number}; {args.checkpoint} has stages 1 to {last}")
-        adapter = args.checkpoint / "adapters" / f"stage{number}" / "adapter_model.safetensors"
-        identity = hashlib.sha256(content)
-        settings.append(Setting(number, False, identity.hexdigest()))
-        if adapter.is_file() and not args.no_adapters:
-            identity.update(adapter.read_bytes())
-            settings.append(Setting(number, True, identity.hexdigest()))
+        settings.append(Setting(number, None, model))
+        if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
+            settings.append(Setting(number, adapter, model))
     return settings
 
 
@@ -615,7 +623,8 @@ def summarize(row: Row, questions: list[Question]) -> dict:
     missing = len(questions) - len(row.answers) - len(row.failed)
     return {
         "stage": row.setting.stage,
-        "adapter": row.setting.adapter,
+        "adapter": row.setting.adapter is not None,
+        "adapter_blake3": row.setting.adapter,
         "n": len(questions),
         **{key: round(100 * sum(entry[key] for entry in scores) / len(scores), 2) for key in scores[0]},
         "missing": missing,
@@ -629,7 +638,7 @@ def summarize(row: Row, questions: list[Question]) -> dict:
 def detail(row: Row, questions: list[Question]) -> Iterator[dict]:
     for question in questions:
         answer = row.answers.get(question.id)
-        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter, "id": question.id}
+        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter is not None, "id": question.id}
         entry |= {"question": question.text, "answer": answer, **score(answer, question)}
         if question.id in row.failed:
             entry["failed"] = row.failed[question.id]
@@ -672,7 +681,7 @@ def draw_scores(rows: list[dict], path: Path) -> None:
     for shift, key, label in ((-0.2, "em", "EM"), (0.2, "f1", "F1")):
         bars = axes.bar([place + shift for place in range(len(rows))], [row[key] for row in rows], 0.38, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    names = [title(Setting(row["stage"], row["adapter"], "")).replace(" + ", "\n+ ") for row in rows]
+    names = [title(Setting(row["stage"], row["adapter_blake3"], "")).replace(" + ", "\n+ ") for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set(ylabel="percent", ylim=(0, 108), title=f"closed-book answers to {rows[0]['n']:,} questions")
     axes.legend(loc="upper left")
@@ -756,9 +765,9 @@ def check_writable(path: Path) -> None:
 def collect(args: argparse.Namespace, questions: list[Question]) -> tuple[list[Row], Kept | None]:
     """The answers of every row, and where they have been kept meanwhile. Raises UsageError, ServerError."""
     if args.predictions:
-        return [Row(Setting(None, False, str(args.predictions)), read_predictions(args.predictions, questions))], None
+        return [Row(Setting(None, None, str(args.predictions)), read_predictions(args.predictions, questions))], None
     if args.base_url:
-        rows = [Row(Setting(args.stages[0] if args.stages else None, False, args.base_url))]
+        rows = [Row(Setting(args.stages[0] if args.stages else None, None, args.base_url))]
     else:
         rows = [Row(setting) for setting in read_settings(args)]
     kept = Kept(args.json.with_name(f"{args.json.name}.partial"))

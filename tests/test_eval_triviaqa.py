@@ -1,7 +1,9 @@
 """eval_triviaqa.py: the rules by hand-worked cases, data formats, servers that misbehave, and what is really served."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +12,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
+from blake3 import blake3
 from conftest import ROOT, run_script
 
 import eval_triviaqa
@@ -255,19 +259,22 @@ class FakeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.send(200, {"data": [{"id": "fake"}]}, {})
+        progress = {"stage": 1, "stages": [{"seconds": 1.0}], "error": None}
+        self.send(200, progress if self.path == "/progress" else {"data": [{"id": "fake"}]}, {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        assert (body["model"], body["max_tokens"], body["temperature"]) == ("fake", 10, 0)
+        assert body["temperature"] == 0
+        if not body.get("stream"):  # with it, this is the first token that is waited for
+            assert (body["model"], body["max_tokens"]) == ("fake", 10)
         with self.server.lock:
             self.server.asked[question] = self.server.asked.get(question, 0) + 1
         status, headers = self.server.reply(question, self.server.asked[question])
-        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers)
+        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers, b"data: " if body.get("stream") else b"")
 
-    def send(self, status: int, content: dict, headers: dict) -> None:
-        body = json.dumps(content).encode()
+    def send(self, status: int, content: dict, headers: dict, prefix: bytes = b"") -> None:
+        body = prefix + json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -354,6 +361,32 @@ def test_server_that_dies_half_way(tmp_path):
     assert set(again.asked) == {f"{n}?" for n in range(7, 20)}
 
 
+def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, monkeypatch):
+    """What is served is then not what the row would say: no question is asked, and the next run says it right."""
+    checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    weights = checkpoint / "adapters" / "stage1" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"first")
+    replacements = [b"second"]
+    server = Fake(lambda question, times: (200, {"X-Progressive-Stage": "1"}))
+
+    @contextlib.asynccontextmanager
+    async def serve(*_):
+        if replacements:
+            weights.write_bytes(replacements.pop())
+        yield server.url, SimpleNamespace(began=time.monotonic(), check=lambda: None)
+
+    monkeypatch.setattr(eval_triviaqa, "serve", serve)
+    options = ["--stages", "1", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["eval_triviaqa.py", str(checkpoint), *options])
+    args, questions = eval_triviaqa.parse_args(), [make_question("q1", "Where?", ["Paris"])]
+    with pytest.raises(eval_triviaqa.ServerError, match="adapter of stage 1 has been replaced"):
+        eval_triviaqa.collect(args, questions)
+    rows, _ = eval_triviaqa.collect(args, questions)
+    served = [eval_triviaqa.summarize(row, questions)["adapter_blake3"] for row in rows]
+    assert served == [None, blake3(b"second").hexdigest()]
+
+
 # ---- what is really served --------------------------------------------------------------------------
 
 
@@ -379,6 +412,8 @@ def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
     assert [(row["stage"], row["adapter"]) for row in ours["rows"]] == [(1, False), (1, True), (3, False)]
     assert ours["summary"]["em"] == ours["rows"][-1]["em"] > ours["rows"][0]["em"]
     assert all(row["seconds_to_stage"] > 0 and row["ttft"] > 0 for row in ours["rows"])
+    served = blake3((adapted_checkpoint / "adapters" / "stage1" / "adapter_model.safetensors").read_bytes())
+    assert [row["adapter_blake3"] for row in ours["rows"]] == [None, served.hexdigest(), None]
     with stock_server(adapted_checkpoint, tmp_path / "log") as url:
         done = run_script(EVAL, "--base-url", url, *options, "--json", tmp_path / "stock.json")
     assert done.returncode == 0, done.stderr
