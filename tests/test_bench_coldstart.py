@@ -115,11 +115,8 @@ def steps_of(log, listening, ttft, timeline=()):
 # ---- real runs --------------------------------------------------------------------------------------
 
 
-def test_result_of_a_real_run(split_tiny, tmp_path):
-    out = tmp_path / "results" / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8,1x4,2x8", "--json", out]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_result_of_a_real_run(coldstart, adapted_checkpoint):
+    done, out = coldstart
     result = json.loads(out.read_text())
     (trial,) = result["trials"]
     assert trial["mode"] == "progressive" and trial["cold"] is True and trial["read_mbps"] == 0
@@ -140,12 +137,12 @@ def test_result_of_a_real_run(split_tiny, tmp_path):
     samples = 2 * bench_coldstart.STORAGE_SAMPLES  # before and after
     assert len(result["bandwidth"]["0"]) == len(result["loader_alone"]) == samples
     assert min(result["bandwidth"]["0"] + result["loader_alone"]) > 0
-    assert result["arguments"]["trials"] == 1 and result["arguments"]["checkpoint"] == str(split_tiny)
+    assert result["arguments"]["trials"] == 1 and result["arguments"]["checkpoint"] == str(adapted_checkpoint)
     assert {"python", "torch", "transformers"} <= result["versions"].keys()
     assert result["machine"]["cores"] >= 1 and result["commit"]
     assert f"{trial['ttft']:.2f}" in done.stdout and str(out) in done.stdout
-    assert (tmp_path / "results" / "cold-timeline.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "results" / "cold-ttft.png").exists()  # of a sweep only
+    assert out.with_name("cold-timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert not out.with_name("cold-ttft.png").exists()  # of a sweep only
 
 
 @needs_controller

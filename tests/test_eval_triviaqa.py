@@ -387,6 +387,127 @@ def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, 
     assert served == [None, blake3(b"second").hexdigest()]
 
 
+# ---- table 1 of the paper ---------------------------------------------------------------------------
+
+
+def coldstart_result(**arguments) -> dict:
+    """Of bench_coldstart.py, with the times that the paper reports; those of stage 2 are not in it."""
+    stages = {"stage1": 90.0, "stage2": 109.5, "stage3": 128.0}
+    points = [{"mode": "baseline", "ttft": 114.0}, {"mode": "progressive", "ttft": 90.5, **stages}]
+    points += [{"mode": "runai_streamer", "ttft": 100.0}, {"mode": "stage1", "ttft": 91.0, "stage1": 90.0}]
+    common = {"read_mbps": 118.0, "dd_mbps": 117.9, "trials": 3}
+    points = [point | common | {"ttft_over_baseline": point["ttft"] / 114} for point in points]
+    points.append({"mode": "warm", "ttft": 20.0, "read_mbps": None, "trials": 3, **stages})
+    trials = [{"mode": "progressive", "cold": True}]
+    arguments = {"checkpoint": "CKPT", "ray": False, "stretch": 0.0, **arguments}
+    return {"summary": points, "trials": trials, "bandwidth": {}, "stage_bytes": [8, 1, 1], "arguments": arguments}
+
+
+def quality_row(stage: int | None, adapter: bool, em: float, f1: float, failed: int = 0) -> dict:
+    return {"stage": stage, "adapter": adapter, "n": 2, "em": em, "f1": f1, "failed": failed}
+
+
+QUALITY_ROWS = [quality_row(1, False, 1, 2), quality_row(1, True, 33.33, 40.25), quality_row(2, True, 36, 41.5)]
+QUALITY_ROWS += [quality_row(2, False, 3, 4), quality_row(3, False, 47, 52.5)]
+
+
+def quality_result(*rows: dict, checkpoint: str | None = "CKPT", ids: str = "12") -> dict:
+    detail = [{"id": name, "question": f"{name}?", "stage": row["stage"]} for row in rows for name in ids]
+    return {"rows": list(rows), "detail": detail, "arguments": {"checkpoint": checkpoint}}
+
+
+STOCK = quality_result(quality_row(None, False, 47, 52.5), checkpoint=None)
+
+
+def table_of(*paths: Path) -> list[list[str]]:
+    """The cells of the Markdown that --table writes beside its second file; the printed table has the same ones."""
+    done = run_script(EVAL, "--table", *paths)
+    assert done.returncode == 0, done.stderr
+    heading, _, *lines = paths[1].with_suffix(".md").read_text().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (heading, *lines)]
+    printed = done.stdout.splitlines()[-2 - len(cells) : -2]  # an empty line and the file's name come after it
+    assert [line.split() for line in printed] == [" ".join(line).split() for line in cells]
+    assert cells[0] == ["", "s", "s in all", "EM", "F1"]
+    return cells[1:]
+
+
+def results(tmp_path: Path, *contents: dict) -> list[Path]:
+    paths = [tmp_path / f"{number}.json" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_table(tmp_path):
+    """Seconds of a stage are those since the one before it; quality is that with the adapter."""
+    assert table_of(*results(tmp_path, coldstart_result(), quality_result(*QUALITY_ROWS), STOCK)) == [
+        ["stock vLLM", "114.0", "114.0", "47.0", "52.5"],
+        ["runai_streamer", "100.0", "100.0", "-", "-"],
+        ["stage 1 + adapter", "90.0", "90.0", "33.3", "40.2"],
+        ["stage 2 + adapter", "19.5", "109.5", "36.0", "41.5"],
+        ["stage 3, the full model", "18.5", "128.0", "47.0", "52.5"],
+    ]
+    text = (tmp_path / "1.md").read_text()
+    assert "From 0.json, 1.json, 2.json. 2 questions" in text
+    assert "first token after 90.5 s, 0.79 of stock's" in text and "at 118 MB/s (dd reads 117.9 MB/s)" in text
+
+
+def test_table_says_what_is_no_measurement(tmp_path):
+    start = coldstart_result(ray=True, stretch=60.0)
+    start["trials"] = [{"mode": "progressive", "cold": cold} for cold in (False, "unverified")]
+    table_of(*results(tmp_path, start, quality_result(*QUALITY_ROWS)))
+    text = (tmp_path / "1.md").read_text()
+    for note in ("Ray actor", "--stretch): not a measurement", "not verified to be cold", "not cold"):
+        assert note in text
+
+
+def without_progressive() -> dict:
+    start = coldstart_result()
+    return start | {"summary": start["summary"][:1]}
+
+
+def sweep() -> dict:
+    start = coldstart_result()
+    return start | {"summary": [*start["summary"], start["summary"][1] | {"read_mbps": 25.0}]}
+
+
+def held() -> dict:
+    start = coldstart_result()
+    return start | {"summary": [start["summary"][1] | {"stage3": None}]}
+
+
+WHOLE = quality_result(*QUALITY_ROWS)
+UNJOINABLE = {
+    "one file": ([coldstart_result()], "0.json"),
+    "the wrong order": ([WHOLE, coldstart_result()], "0.json: not a result file of bench_coldstart.py"),
+    "no quality": ([coldstart_result(), coldstart_result()], "1.json: not a result file of eval_triviaqa.py"),
+    "no JSON object": ([coldstart_result(), [1]], "1.json: not a result file"),
+    "stock alone": ([without_progressive(), WHOLE], "0.json: ProgressiveServe was not measured"),
+    "two bandwidths": ([sweep(), WHOLE], "0.json: measured at 118, 25 MB/s"),
+    "a stage that was not reached": ([held(), WHOLE], "0.json: stage 3"),
+    "another checkpoint": ([coldstart_result(), quality_result(*QUALITY_ROWS, checkpoint="other")], "1.json: of other"),
+    "other questions": (
+        [coldstart_result(), WHOLE, quality_result(quality_row(None, False, 1, 2), checkpoint=None, ids="1")],
+        "2.json: other questions",
+    ),
+    "a row twice": ([coldstart_result(), WHOLE, quality_result(QUALITY_ROWS[1])], "2.json: stage 1 + adapter"),
+    "requests that failed": (
+        [coldstart_result(), quality_result(quality_row(1, False, 1, 2, 3))],
+        "1.json: 3 requests",
+    ),
+    "a stage too many": ([coldstart_result(), quality_result(quality_row(4, False, 1, 2))], "1.json: stage 4"),
+}
+
+
+@pytest.mark.parametrize("case", UNJOINABLE)
+def test_results_that_do_not_belong_together(case, tmp_path):
+    contents, named = UNJOINABLE[case]
+    done = run_script(EVAL, "--table", *results(tmp_path, *contents))
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.md"))
+
+
 # ---- what is really served --------------------------------------------------------------------------
 
 
@@ -403,8 +524,11 @@ def answers_of(result: dict, stage: int | None, adapter: bool = False) -> dict[s
     return {row["id"]: row["answer"] for row in rows}
 
 
-def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
-    """The last stage answers as stock vLLM does, question by question; the others, and the adapter, do not."""
+def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, coldstart, tmp_path):
+    """The last stage answers as stock vLLM does, question by question; the others, and the adapter, do not.
+
+    Joined with a cold start of the same checkpoint, this is table 1 of the paper.
+    """
     options = ["--data", facts, "--limit", "100"]
     done = run_script(EVAL, adapted_checkpoint, *options, "--stages", "1,3", "--json", tmp_path / "ours.json")
     assert done.returncode == 0, done.stderr
@@ -421,6 +545,16 @@ def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
     assert answers_of(ours, 3) == answers_of(stock, None)
     assert stock["summary"]["em"] == ours["summary"]["em"]
     assert answers_of(ours, 1) != answers_of(ours, 1, adapter=True) != answers_of(ours, 3)
+    start = json.loads(coldstart[1].read_text())["summary"][0]
+    lines = table_of(coldstart[1], tmp_path / "ours.json", tmp_path / "stock.json")
+    quality = [[f"{row[key]:.1f}" for key in ("em", "f1")] for row in (*ours["rows"][1:], stock["summary"])]
+    at = [start["stage1"], start["stage2"], start["stage3"]]
+    assert lines == [
+        ["stock vLLM", "-", "-", *quality[2]],
+        ["stage 1 + adapter", f"{at[0]:.1f}", f"{at[0]:.1f}", *quality[0]],
+        ["stage 2", f"{at[1] - at[0]:.1f}", f"{at[1]:.1f}", "-", "-"],  # was not evaluated
+        ["stage 3, the full model", f"{at[2] - at[1]:.1f}", f"{at[2]:.1f}", *quality[1]],
+    ]
 
 
 class stock_server:
