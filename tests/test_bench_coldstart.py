@@ -230,10 +230,22 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
         time.sleep(1.5)
         tree = bench_coldstart.process_tree(server.process.pid)
     assert [line for _, line in server.lines] == ["one\n", "two\n"]
-    assert server.spawned < server.lines[0][0] < server.lines[1][0] - 0.5
+    assert server.spawned < server.process.launched < server.lines[0][0] < server.lines[1][0] - 0.5
     assert log_path.read_text() == "one\ntwo\n"
     assert len(tree) == 2
     assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_stages_are_counted_from_the_creation_of_the_actor(monkeypatch):
+    """... as TTFT is; the server, which counts from its own start, knows nothing of an actor."""
+    stages = [{"stage": 1, "seconds": 7.5}, {"stage": 2, "seconds": None}]
+    progress = {"stage": 1, "hold_stage": 1, "error": None, "stages": stages, "timeline": events(active=7.5)}
+    monkeypatch.setattr(bench_coldstart.requests, "get", lambda *_, **__: SimpleNamespace(json=lambda: progress))
+    process = SimpleNamespace(launched=102.25, poll=lambda: None)
+    server = SimpleNamespace(spawned=100.0, process=process)
+    _, followed = bench_coldstart.follow_stages(server, "url", "prompt", {"stage": 1}, silent=True)
+    assert [row["seconds"] for row in followed["stages"]] == [9.75, None]
+    assert [row["seconds"] for row in followed["timeline"]] == [9.75]
 
 
 # ---- cold, and slow ---------------------------------------------------------------------------------
