@@ -13,7 +13,7 @@ Commands:
   python eval_triviaqa.py llama2-7b-progressive --stages 1 --data triviaqa-dev.json --limit 2000
   python eval_triviaqa.py --base-url http://gpu7:8000                  # a server that runs already, stock or not
   python eval_triviaqa.py --data dev.json --predictions answers.json   # score given answers, without any model
-  python eval_triviaqa.py --table results/demo.json results/quality-demo.json   # what each stage costs and knows
+  python eval_triviaqa.py --table demo/results/demo.json demo/results/quality-demo.json   # what each stage costs
 
 Scores, in percent of all questions (a missing answer scores 0):
   EM   equal to one of the aliases after normalisation: underscores to spaces, lower case, punctuation to spaces,
