@@ -343,13 +343,16 @@ class ServerProcess:
     """A server's process, in this process or (as a Ray actor) in another; its output goes to a named pipe."""
 
     pid: int | None = None
+    launched = 0.0  # time.perf_counter(), which is one clock for all processes of this machine
 
-    def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
+    def start(self, command: list[str], env: dict[str, str], pipe: str) -> tuple[int, float]:
+        """Returns the server's pid, and when it was launched."""
         with open(pipe, "wb") as output:
             options = {"stdout": output, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+            self.launched = time.perf_counter()
             self.process = subprocess.Popen(command, **options)
         self.pid = self.process.pid
-        return self.pid
+        return self.pid, self.launched
 
     def poll(self) -> int | None:
         return self.process.poll()
@@ -379,9 +382,9 @@ class RayServerProcess:
         self.get, self.kill = ray.get, ray.kill
         self.actor = ray.remote(num_cpus=0)(ServerProcess).remote()
 
-    def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
-        self.pid = self.get(self.actor.start.remote(command, env, pipe))
-        return self.pid
+    def start(self, command: list[str], env: dict[str, str], pipe: str) -> tuple[int, float]:
+        self.pid, self.launched = self.get(self.actor.start.remote(command, env, pipe))
+        return self.pid, self.launched
 
     def poll(self) -> int | None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -609,13 +612,23 @@ def first_answer(server: Server, url: str, port: int, prompt: str) -> dict:
     raise RuntimeError(f"the server did not listen after {START_TIMEOUT:.0f} s")
 
 
+def get_progress(server: Server, url: str) -> dict:
+    """GET /progress, in seconds since the spawn: the server counts from its own start, which an actor delays."""
+    progress = requests.get(f"{url}/progress", timeout=START_TIMEOUT).json()
+    before = server.process.launched - server.spawned
+    for row in progress["stages"] + progress["timeline"]:
+        if row["seconds"] is not None:
+            row["seconds"] = round(row["seconds"] + before, 3)
+    return progress
+
+
 def follow_stages(server: Server, url: str, prompt: str, first: dict, silent: bool) -> tuple[list[dict], dict]:
     """Ask again at every stage (silent: at the last one only). Returns (a row per stage that answered, /progress)."""
     rows = [first]
     while True:
         if (code := server.process.poll()) is not None:
             raise RuntimeError(f"the server exited with code {code} before its last stage")
-        progress = requests.get(f"{url}/progress", timeout=START_TIMEOUT).json()
+        progress = get_progress(server, url)
         if progress["error"]:
             raise RuntimeError(f"the server stayed at stage {progress['stage']}: {progress['error']}")
         done = progress["stage"] == progress["hold_stage"]

@@ -13,6 +13,7 @@ Commands:
   python eval_triviaqa.py llama2-7b-progressive --stages 1 --data triviaqa-dev.json --limit 2000
   python eval_triviaqa.py --base-url http://gpu7:8000                  # a server that runs already, stock or not
   python eval_triviaqa.py --data dev.json --predictions answers.json   # score given answers, without any model
+  python eval_triviaqa.py --table demo/results/demo.json demo/results/quality-demo.json   # what each stage costs
 
 Scores, in percent of all questions (a missing answer scores 0):
   EM   equal to one of the aliases after normalisation: underscores to spaces, lower case, punctuation to spaces,
@@ -21,11 +22,18 @@ Scores, in percent of all questions (a missing answer scores 0):
   EM lm-eval   exact match as lm-evaluation-harness computes it: lower case, punctuation deleted, articles kept
 
 Data (--data), told apart by content: `triviaqa` (Hub, mandarjoshi/trivia_qa, rc.nocontext, validation), TriviaQA's own
-JSON, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0.
+JSON, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0. TriviaQA repeats a
+question for each kind of document that it has: it is asked once, and the answers of its rows are united. A line has no
+id: the same text is the same question, and its number is that of its first line.
 
 Outputs: a table; --json FILE with `summary` (the last row of the table), `rows`, and `detail` (an entry for each
-question of each row); a bar chart beside it. Answers are kept in FILE.partial as they come, and a run that was
-interrupted goes on where it stopped. Exit status: 0, 1 if a server failed or some requests did, 2 for bad input.
+question of each row); a bar chart beside it. A row names the adapter that was served by the blake3 of its weights.
+Answers are kept in FILE.partial as they come, and a run that was interrupted goes on where it stopped. Exit status: 0,
+1 if a server failed or some requests did, 2 for bad input.
+
+--table COLDSTART.json QUALITY.json ... joins a result of bench_coldstart.py with results of this script into table 1 of
+the paper: seconds, of each stage and in all, EM and F1, for stock vLLM and for each stage (with its adapter, where
+there is one), printed, and as Markdown in QUALITY.md. Stock vLLM's quality is that of a result made with --base-url.
 
 "Seconds to stage" and TTFT are from the spawn of the server, with the page cache as it happens to be:
 bench_coldstart.py is the script that measures cold starts.
@@ -59,6 +67,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import aiohttp
+from blake3 import blake3
 from tqdm import tqdm
 
 # ---- constants --------------------------------------------------------------------------------------
@@ -71,7 +80,9 @@ DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/validation.json")
 HUB_DATASETS = {"triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")}
 PROMPT = "Question: {question}\nAnswer:"
-SAMPLING = {"max_tokens": 10, "temperature": 0, "stop": ["\n"]}  # as in the paper
+# Greedy and at most 10 tokens as in the paper. The stop is ours: the paper names none, and what a model without
+# instruction tuning writes after the first line is a question of its own.
+SAMPLING = {"max_tokens": 10, "temperature": 0, "stop": ["\n"]}
 ATTEMPTS = 4  # of a request that the server could not answer
 BACKOFF = 0.5  # seconds before the second attempt; twice as long before each further one
 START_TIMEOUT = 1800.0  # seconds, for a server on slow storage
@@ -102,7 +113,7 @@ class Setting:
     """A row of the table: what is asked."""
 
     stage: int | None  # None: whatever the server at --base-url has
-    adapter: bool
+    adapter: str | None  # blake3 of its adapter_model.safetensors; None: without
     model: str  # identity of the weights, or the address
 
 
@@ -248,8 +259,11 @@ def read_triviaqa(path: Path, text: str) -> list[Question]:
 
 
 def read_lines(path: Path, text: str) -> list[Question]:
-    """Lines of question TAB Python list of aliases, numbered from 0. Raises UsageError that names the line."""
-    questions = []
+    """Lines of question TAB Python list of aliases, by the number of the first line that asks it, from 0.
+
+    Raises UsageError that names the line.
+    """
+    questions, numbers = [], {}
     for number, line in enumerate(text.rstrip("\n").split("\n")):  # splitlines() would cut at more than newlines
         try:
             question, cell = next(csv.reader([line], delimiter="\t"))
@@ -259,11 +273,13 @@ def read_lines(path: Path, text: str) -> list[Question]:
             raise UsageError(
                 f"{path}, line {number + 1}: no question, TAB and Python list of aliases: {line[:60]!r}"
             ) from error
-        questions.append(make_question(str(number), question, aliases))
+        name = numbers.setdefault(question, str(number))
+        questions.append(make_question(name, question, aliases))
     return questions
 
 
 def read_hub(name: str) -> list[Question]:
+    """A question for each row. Raises UsageError."""
     from datasets import load_dataset
 
     dataset, config, split = HUB_DATASETS[name]
@@ -278,28 +294,47 @@ def read_hub(name: str) -> list[Question]:
         make_question(
             row["question_id"], row["question"], row["answer"]["aliases"], row["answer"]["normalized_aliases"]
         )
-        for row in tqdm(rows, desc="reading", unit=" questions")
+        for row in tqdm(rows, desc="reading", unit=" rows")
     ]
 
 
+def unite(rows: list[Question], data: str) -> list[Question]:
+    """Each question once, where it came first, with the answers of all its rows.
+
+    Raises UsageError for an id that two questions share.
+    """
+    united: dict[str, Question] = {}
+    for row in rows:
+        first = united.setdefault(row.id, row)
+        if normalize_answer(first.text) != normalize_answer(row.text):
+            raise UsageError(
+                f"--data {data}: two questions have the id {row.id}: {first.text!r} and {row.text!r}\n"
+                "give each an id of its own"
+            )
+        aliases = list(dict.fromkeys(first.aliases + row.aliases))
+        normalized = sorted({*first.normalized, *row.normalized})
+        united[row.id] = replace(first, aliases=aliases, normalized=normalized)
+    return list(united.values())
+
+
 def read_questions(data: str, limit: int | None) -> list[Question]:
-    """The first `limit` questions of --data. Raises UsageError."""
+    """The first `limit` questions of --data, each of them once. Raises UsageError."""
     path = Path(data)
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except ValueError as error:
             raise UsageError(f"--data {data} is no UTF-8 text ({error})") from error
-        questions = (read_triviaqa if text.lstrip()[:1] == "{" else read_lines)(path, text)
+        rows = (read_triviaqa if text.lstrip()[:1] == "{" else read_lines)(path, text)
     elif data in HUB_DATASETS:
-        questions = read_hub(data)
+        rows = read_hub(data)
     else:
         raise UsageError(f"--data {data}: no such file, and not one of {', '.join(HUB_DATASETS)}")
-    if not questions:
+    if not rows:
         raise UsageError(f"--data {data} holds no question")
-    repeated = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
-    if repeated:
-        raise UsageError(f"--data {data}: question {repeated[0]} is there more than once; make the ids different")
+    questions = unite(rows, data)
+    if len(questions) < len(rows):
+        print(f"{data}: {len(questions):,} questions in {len(rows):,} rows")
     return questions[:limit]
 
 
@@ -478,7 +513,8 @@ async def ask_all(
     row.answers |= known
     stage, open_questions = row.setting.stage, [question for question in questions if question.id not in known]
     right = sum(exact_match(known[question.id], question) for question in questions if question.id in known)
-    bar = tqdm(total=len(questions), initial=len(known), desc=title(row.setting), unit=" questions", mininterval=0.2)
+    name = title(stage, row.setting.adapter is not None)
+    bar = tqdm(total=len(questions), initial=len(known), desc=name, unit=" questions", mininterval=0.2)
     todo: Iterator[Question] = iter(open_questions)
     seen: set[str | None] = set()
 
@@ -521,11 +557,14 @@ def client(address: str, concurrency: int) -> aiohttp.ClientSession:
 
 async def evaluate_stage(args: argparse.Namespace, row: Row, questions: list[Question], kept: Kept) -> None:
     """Start a server of our own at the row's stage, and ask it. Raises ServerError."""
-    async with serve(args.checkpoint, row.setting, args.server_args) as (address, server):
+    setting = row.setting
+    async with serve(args.checkpoint, setting, args.server_args) as (address, server):
         async with client(address, args.concurrency) as session:
             first = {"prompt": PROMPT.format(question=questions[0].text), "max_tokens": 1, "temperature": 0}
             row.ttft = round(await wait_for_first_token(session, server, first), 2)
-            row.seconds_to_stage = round(await wait_for_stage(session, server, row.setting.stage), 2)
+            row.seconds_to_stage = round(await wait_for_stage(session, server, setting.stage), 2)
+            if setting.adapter and setting.adapter != adapter_checksum(args.checkpoint, setting.stage):
+                raise ServerError(f"the adapter of stage {setting.stage} has been replaced while the server started")
             model = (await get_json(session, "/v1/models"))["data"][0]["id"]
             try:
                 await ask_all(session, row, questions, model, kept, args.concurrency)
@@ -548,6 +587,12 @@ async def evaluate_url(args: argparse.Namespace, row: Row, questions: list[Quest
 # ---- settings ---------------------------------------------------------------------------------------
 
 
+def adapter_checksum(checkpoint: Path, stage: int) -> str | None:
+    """blake3 of the weights of a stage's adapter; None: it has none."""
+    path = checkpoint / "adapters" / f"stage{stage}" / "adapter_model.safetensors"
+    return blake3(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def read_settings(args: argparse.Namespace) -> list[Setting]:
     """The rows of the table: each stage without its adapter and, where there is one, with it. Raises UsageError."""
     manifest = args.checkpoint / "progressive.json"
@@ -559,23 +604,20 @@ def read_settings(args: argparse.Namespace) -> list[Setting]:
             f"{args.checkpoint} is no progressive checkpoint ({error})\n"
             "make one with: python prune_and_split.py MODEL OUT"
         ) from error
-    settings = []
+    settings, model = [], hashlib.sha256(content).hexdigest()
     for number in args.stages or range(1, last + 1):
         if not 1 <= number <= last:
             raise UsageError(f"--stages: there is no stage {number}; {args.checkpoint} has stages 1 to {last}")
-        adapter = args.checkpoint / "adapters" / f"stage{number}" / "adapter_model.safetensors"
-        identity = hashlib.sha256(content)
-        settings.append(Setting(number, False, identity.hexdigest()))
-        if adapter.is_file() and not args.no_adapters:
-            identity.update(adapter.read_bytes())
-            settings.append(Setting(number, True, identity.hexdigest()))
+        settings.append(Setting(number, None, model))
+        if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
+            settings.append(Setting(number, adapter, model))
     return settings
 
 
-def title(setting: Setting) -> str:
-    if setting.stage is None:
+def title(stage: int | None, adapter: bool) -> str:
+    if stage is None:
         return "server"
-    return f"stage {setting.stage}{' + adapter' if setting.adapter else ''}"
+    return f"stage {stage}{' + adapter' if adapter else ''}"
 
 
 # ---- results ----------------------------------------------------------------------------------------
@@ -587,7 +629,8 @@ def summarize(row: Row, questions: list[Question]) -> dict:
     missing = len(questions) - len(row.answers) - len(row.failed)
     return {
         "stage": row.setting.stage,
-        "adapter": row.setting.adapter,
+        "adapter": row.setting.adapter is not None,
+        "adapter_blake3": row.setting.adapter,
         "n": len(questions),
         **{key: round(100 * sum(entry[key] for entry in scores) / len(scores), 2) for key in scores[0]},
         "missing": missing,
@@ -601,7 +644,7 @@ def summarize(row: Row, questions: list[Question]) -> dict:
 def detail(row: Row, questions: list[Question]) -> Iterator[dict]:
     for question in questions:
         answer = row.answers.get(question.id)
-        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter, "id": question.id}
+        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter is not None, "id": question.id}
         entry |= {"question": question.text, "answer": answer, **score(answer, question)}
         if question.id in row.failed:
             entry["failed"] = row.failed[question.id]
@@ -609,7 +652,7 @@ def detail(row: Row, questions: list[Question]) -> Iterator[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """The form of table 1 of the paper."""
+    """A line for each setting."""
     columns = {
         "stage": lambda row: "-" if row["stage"] is None else str(row["stage"]),
         "adapter": lambda row: "yes" if row["adapter"] else "no",
@@ -622,11 +665,15 @@ def print_table(rows: list[dict]) -> None:
         "TTFT s": lambda row: number(row["ttft"]),
         "questions/s": lambda row: number(row["questions_per_second"]),
     }
-    cells = [list(columns), *([make(row) for make in columns.values()] for row in rows)]
-    wide = [max(len(line[column]) for line in cells) for column in range(len(columns))]
     print(f"\n{rows[0]['n']:,} questions, closed-book, greedy; scores in percent")
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, wide, strict=True)))
+    print(align([list(columns), *([make(row) for make in columns.values()] for row in rows)]))
+
+
+def align(cells: list[list[str]]) -> str:
+    """Lines of cells as text, each column as wide as its widest cell."""
+    wide = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, wide, strict=True)) for line in cells]
+    return "\n".join(lines)
 
 
 def number(value: float | None) -> str:
@@ -644,7 +691,7 @@ def draw_scores(rows: list[dict], path: Path) -> None:
     for shift, key, label in ((-0.2, "em", "EM"), (0.2, "f1", "F1")):
         bars = axes.bar([place + shift for place in range(len(rows))], [row[key] for row in rows], 0.38, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    names = [title(Setting(row["stage"], row["adapter"], "")).replace(" + ", "\n+ ") for row in rows]
+    names = [title(row["stage"], row["adapter"]).replace(" + ", "\n+ ") for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set(ylabel="percent", ylim=(0, 108), title=f"closed-book answers to {rows[0]['n']:,} questions")
     axes.legend(loc="upper left")
@@ -662,6 +709,119 @@ def write_results(args: argparse.Namespace, rows: list[Row], questions: list[Que
     whole.replace(args.json)
     draw_scores(summaries, args.json.with_suffix(".png"))
     return summaries
+
+
+# ---- table 1 of the paper: a cold start and its quality ---------------------------------------------
+
+
+def load_result(path: Path, script: str, keys: set[str]) -> dict:
+    """A result file of a script, which has these keys. Raises UsageError for anything else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not keys <= result.keys():
+            raise ValueError(f"it has no {', '.join(sorted(keys - result.keys()))}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"--table {path}: not a result file of {script} ({error})\n"
+            "the order is: --table COLDSTART.json QUALITY.json ..., from bench_coldstart.py and from this script"
+        ) from error
+    return result
+
+
+def read_start(path: Path) -> tuple[dict, dict]:
+    """A result of bench_coldstart.py, and its medians of ProgressiveServe, at one bandwidth. Raises UsageError."""
+    start = load_result(path, "bench_coldstart.py", {"summary", "trials", "bandwidth", "stage_bytes", "arguments"})
+    points = [point for point in start["summary"] if point["mode"] == "progressive"]
+    if not points:
+        raise UsageError(f"--table {path}: ProgressiveServe was not measured; bench_coldstart.py --mode both does that")
+    if len(points) > 1:
+        speeds = ", ".join(f"{point['read_mbps']:g}" for point in points)
+        raise UsageError(f"--table {path}: measured at {speeds} MB/s, and the table is of one; use --read-mbps X")
+    for stage in range(1, len(start["stage_bytes"]) + 1):
+        if points[0].get(f"stage{stage}") is None:
+            raise UsageError(f"--table {path}: stage {stage} was never reached; measure without --hold-stage")
+    return start, points[0]
+
+
+def read_quality(paths: list[Path], start: dict) -> list[dict]:
+    """The rows of results of this script, of the checkpoint of `start` and of the same questions. Raises UsageError."""
+    results = [load_result(path, NAME, {"rows", "detail", "arguments"}) for path in paths]
+    rows, asked = {}, {entry["id"]: entry["question"] for entry in results[0]["detail"]}
+    for path, result in zip(paths, results, strict=True):
+        measured, evaluated = start["arguments"]["checkpoint"], result["arguments"]["checkpoint"]
+        if evaluated and Path(evaluated).resolve() != Path(measured).resolve():
+            raise UsageError(f"--table {path}: of {evaluated}, but the cold start is of {measured}; evaluate that one")
+        if {entry["id"]: entry["question"] for entry in result["detail"]} != asked:
+            raise UsageError(
+                f"--table {path}: other questions than those of {paths[0]}; use the same --data and --limit"
+            )
+        for row in result["rows"]:
+            name = title(row["stage"], row["adapter"])
+            if row["failed"]:
+                raise UsageError(
+                    f"--table {path}: {row['failed']} requests to {name} failed; run that evaluation again"
+                )
+            if (row["stage"] or 1) > len(start["stage_bytes"]):
+                raise UsageError(f"--table {path}: {name} is not of {measured}, which has no such stage")
+            if rows.setdefault((row["stage"], row["adapter"]), row) is not row:
+                raise UsageError(f"--table {path}: {name} is there more than once; name one result for it")
+    return list(rows.values())
+
+
+def join_results(start: dict, ours: dict, quality: list[dict]) -> list[dict]:
+    """A row for each server that waits for everything, and for each stage: {"name", "seconds", "in_all", "em", "f1"}.
+
+    Seconds are medians from the spawn: of these servers to the first token, of a stage to the moment at which it is
+    active. What was not measured is None.
+    """
+    scores = {row["stage"]: row for row in sorted(quality, key=lambda row: row["adapter"])}  # an adapter's come last
+    points = [point for point in start["summary"] if point["read_mbps"] == ours["read_mbps"]]
+    times = {point["mode"]: point["ttft"] for point in points if "stage1" not in point}
+    if None in scores:
+        times.setdefault("baseline", None)
+    rows = []
+    for mode, ttft in times.items():
+        name, known = ("stock vLLM", scores.get(None, {})) if mode == "baseline" else (mode, {})
+        rows.append({"name": name, "seconds": ttft, "in_all": ttft, "em": known.get("em"), "f1": known.get("f1")})
+    last, before = len(start["stage_bytes"]), 0.0
+    for stage in range(1, last + 1):
+        known, active = scores.get(stage, {}), ours[f"stage{stage}"]
+        name = title(stage, known.get("adapter", False)) + (", the full model" if stage == last else "")
+        row = {"name": name, "seconds": active - before, "in_all": active}
+        rows.append(row | {"em": known.get("em"), "f1": known.get("f1")})
+        before = active
+    return rows
+
+
+def describe_start(start: dict, ours: dict) -> str:
+    """How the seconds of the table were measured, and what speaks against them."""
+    arguments, cold = start["arguments"], {row["cold"] for row in start["trials"] if row["mode"] == "progressive"}
+    storage = f"storage at {ours['read_mbps']:g} MB/s" if ours["read_mbps"] else "the disk as it is"
+    stock = f", {ours['ttft_over_baseline']:.2f} of stock's" if ours["ttft_over_baseline"] else ""
+    notes = [f"first token after {ours['ttft']:.1f} s{stock}", f"medians (n = {ours['trials']})"]
+    notes += [f"{storage} (dd reads {ours['dd_mbps']:.1f} MB/s)"]
+    notes += ["from the creation of a Ray actor"] if arguments["ray"] else []
+    notes += [f"read over {arguments['stretch']:g} s (--stretch): not a measurement"] if arguments["stretch"] else []
+    notes += ["not verified to be cold"] if "unverified" in cold else []
+    notes += ["not cold"] if False in cold else []
+    return f"start of {arguments['checkpoint']}: {', '.join(notes)}"
+
+
+def write_table(coldstart: Path, qualities: list[Path]) -> Path:
+    """Print the table, and write it as Markdown beside the first result of this script. Raises UsageError."""
+    start, ours = read_start(coldstart)
+    quality = read_quality(qualities, start)
+    cells = [["", "s", "s in all", "EM", "F1"]]
+    for row in join_results(start, ours, quality):
+        cells.append([row["name"], *(number(row[key]) for key in ("seconds", "in_all", "em", "f1"))])
+    notes = [f"{quality[0]['n']:,} questions, closed-book, greedy; scores in percent", describe_start(start, ours)]
+    print("", *notes, align(cells), sep="\n")
+    cells.insert(1, ["---", *["---:"] * 4])
+    path = qualities[0].with_suffix(".md")
+    check_writable(path)
+    sources = f"From {', '.join(source.name for source in [coldstart, *qualities])}. {'; '.join(notes)}."
+    path.write_text("\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{sources}\n", encoding="utf-8")
+    return path
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -689,6 +849,9 @@ def parse_args() -> argparse.Namespace:
     add("--base-url", metavar="URL", help="ask this server")
     add("--predictions", type=Path, metavar="FILE", help="score these: a JSON object from question id to answer")
 
+    table = "join results: what each stage costs and knows"
+    add("--table", type=Path, nargs="+", metavar=("COLDSTART.json", "QUALITY.json"), help=table)
+
     add = parser.add_argument_group("questions").add_argument
     add("--data", metavar="triviaqa|FILE", help="default: triviaqa, or the demo model's own facts")
     add("--limit", type=positive_int, metavar="N", help="the first N of them")
@@ -698,9 +861,12 @@ def parse_args() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", default=Path("results/triviaqa.json"), help="default: %(default)s")
 
     args = parser.parse_args()
-    sources = [value for value in (args.checkpoint, args.base_url, args.predictions) if value]
+    sources = [args.checkpoint, args.base_url, args.predictions, args.table and args.table[0]]
+    sources = [source for source in sources if source]
     if len(sources) > 1:
         parser.error(f"{' and '.join(map(str, sources))}: name one source of answers")
+    if args.table and len(args.table) == 1:
+        parser.error(f"--table {args.table[0]}: name a result of bench_coldstart.py, then one or more of this script")
     if args.base_url and args.stages and len(args.stages) > 1:
         parser.error("--stages: a server that runs already is at one stage; name that one")
     if args.base_url and not re.match(r"https?://", args.base_url):
@@ -728,9 +894,9 @@ def check_writable(path: Path) -> None:
 def collect(args: argparse.Namespace, questions: list[Question]) -> tuple[list[Row], Kept | None]:
     """The answers of every row, and where they have been kept meanwhile. Raises UsageError, ServerError."""
     if args.predictions:
-        return [Row(Setting(None, False, str(args.predictions)), read_predictions(args.predictions, questions))], None
+        return [Row(Setting(None, None, str(args.predictions)), read_predictions(args.predictions, questions))], None
     if args.base_url:
-        rows = [Row(Setting(args.stages[0] if args.stages else None, False, args.base_url))]
+        rows = [Row(Setting(args.stages[0] if args.stages else None, None, args.base_url))]
     else:
         rows = [Row(setting) for setting in read_settings(args)]
     kept = Kept(args.json.with_name(f"{args.json.name}.partial"))
@@ -746,6 +912,9 @@ def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that our servers are ended as well
     try:
+        if args.table:
+            print(f"\nwrote {write_table(args.table[0], args.table[1:])}")
+            return 0
         questions = read_questions(args.data, args.limit)
         check_writable(args.json)
         rows, kept = collect(args, questions)

@@ -115,11 +115,8 @@ def steps_of(log, listening, ttft, timeline=()):
 # ---- real runs --------------------------------------------------------------------------------------
 
 
-def test_result_of_a_real_run(split_tiny, tmp_path):
-    out = tmp_path / "results" / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8,1x4,2x8", "--json", out]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_result_of_a_real_run(coldstart, adapted_checkpoint):
+    done, out = coldstart
     result = json.loads(out.read_text())
     (trial,) = result["trials"]
     assert trial["mode"] == "progressive" and trial["cold"] is True and trial["read_mbps"] == 0
@@ -140,12 +137,12 @@ def test_result_of_a_real_run(split_tiny, tmp_path):
     samples = 2 * bench_coldstart.STORAGE_SAMPLES  # before and after
     assert len(result["bandwidth"]["0"]) == len(result["loader_alone"]) == samples
     assert min(result["bandwidth"]["0"] + result["loader_alone"]) > 0
-    assert result["arguments"]["trials"] == 1 and result["arguments"]["checkpoint"] == str(split_tiny)
+    assert result["arguments"]["trials"] == 1 and result["arguments"]["checkpoint"] == str(adapted_checkpoint)
     assert {"python", "torch", "transformers"} <= result["versions"].keys()
     assert result["machine"]["cores"] >= 1 and result["commit"]
     assert f"{trial['ttft']:.2f}" in done.stdout and str(out) in done.stdout
-    assert (tmp_path / "results" / "cold-timeline.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "results" / "cold-ttft.png").exists()  # of a sweep only
+    assert out.with_name("cold-timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert not out.with_name("cold-ttft.png").exists()  # of a sweep only
 
 
 @needs_controller
@@ -233,10 +230,22 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
         time.sleep(1.5)
         tree = bench_coldstart.process_tree(server.process.pid)
     assert [line for _, line in server.lines] == ["one\n", "two\n"]
-    assert server.spawned < server.lines[0][0] < server.lines[1][0] - 0.5
+    assert server.spawned < server.process.launched < server.lines[0][0] < server.lines[1][0] - 0.5
     assert log_path.read_text() == "one\ntwo\n"
     assert len(tree) == 2
     assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_stages_are_counted_from_the_creation_of_the_actor(monkeypatch):
+    """... as TTFT is; the server, which counts from its own start, knows nothing of an actor."""
+    stages = [{"stage": 1, "seconds": 7.5}, {"stage": 2, "seconds": None}]
+    progress = {"stage": 1, "hold_stage": 1, "error": None, "stages": stages, "timeline": events(active=7.5)}
+    monkeypatch.setattr(bench_coldstart.requests, "get", lambda *_, **__: SimpleNamespace(json=lambda: progress))
+    process = SimpleNamespace(launched=102.25, poll=lambda: None)
+    server = SimpleNamespace(spawned=100.0, process=process)
+    _, followed = bench_coldstart.follow_stages(server, "url", "prompt", {"stage": 1}, silent=True)
+    assert [row["seconds"] for row in followed["stages"]] == [9.75, None]
+    assert [row["seconds"] for row in followed["timeline"]] == [9.75]
 
 
 # ---- cold, and slow ---------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """eval_triviaqa.py: the rules by hand-worked cases, data formats, servers that misbehave, and what is really served."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +12,11 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
+from blake3 import blake3
 from conftest import ROOT, run_script
 
 import eval_triviaqa
@@ -71,7 +75,7 @@ def test_rules_on_real_questions():
     if not DPR_DEV.is_file():
         pytest.skip(f"{DPR_DEV} is not there")
     questions = eval_triviaqa.read_questions(str(DPR_DEV), None)
-    assert len(questions) == 8837
+    assert len(questions) == 8837  # DPR has removed its repetitions
     assert [question.id for question in questions[:2]] == ["0", "1"]
     disturbed = [score(f" THE_{question.aliases[-1].upper()}!", question) for question in questions]
     # upper case loses letters for good in a few of them (ß, ŉ)
@@ -135,6 +139,55 @@ def test_lines_are_told_apart_by_content(tmp_path):
     assert [row["em"] for row in result["detail"]] == [0, 1]
 
 
+def hub_row(number: str, question: str, source: str, *aliases: str) -> dict:
+    """A row of the Hub's rc.nocontext: all its columns, of which the documents are empty in this configuration."""
+    normalized = [alias.lower() for alias in aliases]
+    pages = {"doc_source": [], "filename": [], "title": [], "wiki_context": []}
+    results = {"description": [], "filename": [], "rank": [], "title": [], "url": [], "search_context": []}
+    answer = {"aliases": list(aliases), "normalized_aliases": normalized, "value": aliases[0], "type": "FreeForm"}
+    answer |= {"matched_wiki_entity_name": "", "normalized_matched_wiki_entity_name": ""}
+    row = {"question": question, "question_id": number, "question_source": source, "entity_pages": pages}
+    return row | {"search_results": results, "answer": answer | {"normalized_value": normalized[0]}}
+
+
+def test_questions_of_the_hub_are_asked_once(tmp_path, monkeypatch, capsys):
+    """Its validation split has a row for a question's web documents and another for those of Wikipedia."""
+    web = [hub_row("tc_1", "Who painted it?", "web", "Monet"), hub_row("tc_2", "Where?", "web", "Paris")]
+    wikipedia = [hub_row("tc_3", "When?", "wiki", "1872")]
+    wikipedia += [hub_row("tc_1", "Who painted it? ", "wiki", "Claude Monet", "Monet")]
+    (tmp_path / "rc.nocontext").mkdir()
+    rows = [json.dumps(row) for row in web + wikipedia]
+    (tmp_path / "rc.nocontext" / "validation.jsonl").write_text("\n".join(rows))
+    card = "configs:\n- config_name: rc.nocontext\n  data_files:\n  - {split: validation, path: rc.nocontext/*.jsonl}"
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    name, *where = eval_triviaqa.HUB_DATASETS["triviaqa"]
+    assert (name, where) == ("mandarjoshi/trivia_qa", ["rc.nocontext", "validation"])
+    monkeypatch.setitem(eval_triviaqa.HUB_DATASETS, "triviaqa", (str(tmp_path), *where))
+    first, *others = eval_triviaqa.read_questions("triviaqa", None)
+    assert (first.id, first.text) == ("tc_1", "Who painted it?")
+    assert (first.aliases, first.normalized) == (["Monet", "Claude Monet"], ["claude monet", "monet"])
+    assert [question.id for question in others] == ["tc_2", "tc_3"]
+    assert "3 questions in 4 rows" in capsys.readouterr().out
+    assert [question.id for question in eval_triviaqa.read_questions("triviaqa", 2)] == ["tc_1", "tc_2"]
+
+
+def test_repeated_questions_are_united(tmp_path):
+    """TriviaQA's JSON by id, DPR's lines by text; n counts questions."""
+    again = {"Question": "When?", "QuestionId": "q3", "Answer": {"Value": "in 1872", "HumanAnswers": ["the 1870s"]}}
+    data = {"Data": [*TRIVIAQA["Data"], again]}
+    for answer in ("1872", "in 1872", "the 1870s"):
+        done, result = evaluate(tmp_path, "--predictions", predictions(tmp_path, {"q3": answer}), data=data)
+        assert done.returncode == 0, done.stderr
+        assert (result["summary"]["n"], result["detail"][2]["em"]) == (3, 1)
+    lines = LINES + "Who painted it?\t['Oscar-Claude Monet']\nWhen?\t['1872']\n"
+    answers = predictions(tmp_path, {"0": "Oscar-Claude Monet", "3": "1872"})
+    done, result = evaluate(tmp_path, "--predictions", answers, data=lines)
+    assert done.returncode == 0, done.stderr
+    assert [(row["id"], row["em"]) for row in result["detail"]] == [("0", 1), ("1", 0), ("3", 1)]
+    assert "3 questions in 4 rows" in done.stdout
+
+
 MALFORMED = {
     "no JSON": ('{"Data": [\n}', "line 2"),
     "no Data": ({"data": []}, "Data is missing"),
@@ -144,7 +197,7 @@ MALFORMED = {
         "Data[0]",
     ),
     "no id": ({"Data": [{"Question": "?", "Answer": {"Value": "x"}}]}, "Data[0].QuestionId"),
-    "the same id twice": ({"Data": TRIVIAQA["Data"] + TRIVIAQA["Data"][:1]}, "q1"),
+    "an id of two questions": ({"Data": [*TRIVIAQA["Data"], {**TRIVIAQA["Data"][0], "Question": "By whom?"}]}, "id q1"),
     "no question at all": ({"Data": []}, "holds no question"),
     "a line without a tab": ("Who?\t['x']\nWhere?\n", "line 2"),
     "a line without a list": ("Who?\tx y\n", "line 1"),
@@ -206,19 +259,22 @@ class FakeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.send(200, {"data": [{"id": "fake"}]}, {})
+        progress = {"stage": 1, "stages": [{"seconds": 1.0}], "error": None}
+        self.send(200, progress if self.path == "/progress" else {"data": [{"id": "fake"}]}, {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        assert (body["model"], body["max_tokens"], body["temperature"]) == ("fake", 10, 0)
+        assert body["temperature"] == 0
+        if not body.get("stream"):  # with it, this is the first token that is waited for
+            assert (body["model"], body["max_tokens"]) == ("fake", 10)
         with self.server.lock:
             self.server.asked[question] = self.server.asked.get(question, 0) + 1
         status, headers = self.server.reply(question, self.server.asked[question])
-        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers)
+        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers, b"data: " if body.get("stream") else b"")
 
-    def send(self, status: int, content: dict, headers: dict) -> None:
-        body = json.dumps(content).encode()
+    def send(self, status: int, content: dict, headers: dict, prefix: bytes = b"") -> None:
+        body = prefix + json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
@@ -305,6 +361,153 @@ def test_server_that_dies_half_way(tmp_path):
     assert set(again.asked) == {f"{n}?" for n in range(7, 20)}
 
 
+def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, monkeypatch):
+    """What is served is then not what the row would say: no question is asked, and the next run says it right."""
+    checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    weights = checkpoint / "adapters" / "stage1" / "adapter_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"first")
+    replacements = [b"second"]
+    server = Fake(lambda question, times: (200, {"X-Progressive-Stage": "1"}))
+
+    @contextlib.asynccontextmanager
+    async def serve(*_):
+        if replacements:
+            weights.write_bytes(replacements.pop())
+        yield server.url, SimpleNamespace(began=time.monotonic(), check=lambda: None)
+
+    monkeypatch.setattr(eval_triviaqa, "serve", serve)
+    options = ["--stages", "1", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["eval_triviaqa.py", str(checkpoint), *options])
+    args, questions = eval_triviaqa.parse_args(), [make_question("q1", "Where?", ["Paris"])]
+    with pytest.raises(eval_triviaqa.ServerError, match="adapter of stage 1 has been replaced"):
+        eval_triviaqa.collect(args, questions)
+    rows, _ = eval_triviaqa.collect(args, questions)
+    served = [eval_triviaqa.summarize(row, questions)["adapter_blake3"] for row in rows]
+    assert served == [None, blake3(b"second").hexdigest()]
+
+
+# ---- table 1 of the paper ---------------------------------------------------------------------------
+
+
+def coldstart_result(**arguments) -> dict:
+    """Of bench_coldstart.py, with the times that the paper reports; those of stage 2 are not in it."""
+    stages = {"stage1": 90.0, "stage2": 109.5, "stage3": 128.0}
+    points = [{"mode": "baseline", "ttft": 114.0}, {"mode": "progressive", "ttft": 90.5, **stages}]
+    points += [{"mode": "runai_streamer", "ttft": 100.0}, {"mode": "stage1", "ttft": 91.0, "stage1": 90.0}]
+    common = {"read_mbps": 118.0, "dd_mbps": 117.9, "trials": 3}
+    points = [point | common | {"ttft_over_baseline": point["ttft"] / 114} for point in points]
+    points.append({"mode": "warm", "ttft": 20.0, "read_mbps": None, "trials": 3, **stages})
+    trials = [{"mode": "progressive", "cold": True}]
+    arguments = {"checkpoint": "CKPT", "ray": False, "stretch": 0.0, **arguments}
+    return {"summary": points, "trials": trials, "bandwidth": {}, "stage_bytes": [8, 1, 1], "arguments": arguments}
+
+
+def quality_row(stage: int | None, adapter: bool, em: float, f1: float, failed: int = 0) -> dict:
+    return {"stage": stage, "adapter": adapter, "n": 2, "em": em, "f1": f1, "failed": failed}
+
+
+QUALITY_ROWS = [quality_row(1, False, 1, 2), quality_row(1, True, 33.33, 40.25), quality_row(2, True, 36, 41.5)]
+QUALITY_ROWS += [quality_row(2, False, 3, 4), quality_row(3, False, 47, 52.5)]
+
+
+def quality_result(*rows: dict, checkpoint: str | None = "CKPT", ids: str = "12") -> dict:
+    detail = [{"id": name, "question": f"{name}?", "stage": row["stage"]} for row in rows for name in ids]
+    return {"rows": list(rows), "detail": detail, "arguments": {"checkpoint": checkpoint}}
+
+
+STOCK = quality_result(quality_row(None, False, 47, 52.5), checkpoint=None)
+
+
+def table_of(*paths: Path) -> list[list[str]]:
+    """The cells of the Markdown that --table writes beside its second file; the printed table has the same ones."""
+    done = run_script(EVAL, "--table", *paths)
+    assert done.returncode == 0, done.stderr
+    heading, _, *lines = paths[1].with_suffix(".md").read_text().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (heading, *lines)]
+    printed = done.stdout.splitlines()[-2 - len(cells) : -2]  # an empty line and the file's name come after it
+    assert [line.split() for line in printed] == [" ".join(line).split() for line in cells]
+    assert cells[0] == ["", "s", "s in all", "EM", "F1"]
+    return cells[1:]
+
+
+def results(tmp_path: Path, *contents: dict) -> list[Path]:
+    paths = [tmp_path / f"{number}.json" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(json.dumps(content))
+    return paths
+
+
+def test_table(tmp_path):
+    """Seconds of a stage are those since the one before it; quality is that with the adapter."""
+    assert table_of(*results(tmp_path, coldstart_result(), quality_result(*QUALITY_ROWS), STOCK)) == [
+        ["stock vLLM", "114.0", "114.0", "47.0", "52.5"],
+        ["runai_streamer", "100.0", "100.0", "-", "-"],
+        ["stage 1 + adapter", "90.0", "90.0", "33.3", "40.2"],
+        ["stage 2 + adapter", "19.5", "109.5", "36.0", "41.5"],
+        ["stage 3, the full model", "18.5", "128.0", "47.0", "52.5"],
+    ]
+    text = (tmp_path / "1.md").read_text()
+    assert "From 0.json, 1.json, 2.json. 2 questions" in text
+    assert "first token after 90.5 s, 0.79 of stock's" in text and "at 118 MB/s (dd reads 117.9 MB/s)" in text
+
+
+def test_table_says_what_is_no_measurement(tmp_path):
+    start = coldstart_result(ray=True, stretch=60.0)
+    start["trials"] = [{"mode": "progressive", "cold": cold} for cold in (False, "unverified")]
+    table_of(*results(tmp_path, start, quality_result(*QUALITY_ROWS)))
+    text = (tmp_path / "1.md").read_text()
+    for note in ("Ray actor", "--stretch): not a measurement", "not verified to be cold", "not cold"):
+        assert note in text
+
+
+def without_progressive() -> dict:
+    start = coldstart_result()
+    return start | {"summary": start["summary"][:1]}
+
+
+def sweep() -> dict:
+    start = coldstart_result()
+    return start | {"summary": [*start["summary"], start["summary"][1] | {"read_mbps": 25.0}]}
+
+
+def held() -> dict:
+    start = coldstart_result()
+    return start | {"summary": [start["summary"][1] | {"stage3": None}]}
+
+
+WHOLE = quality_result(*QUALITY_ROWS)
+UNJOINABLE = {
+    "one file": ([coldstart_result()], "0.json"),
+    "the wrong order": ([WHOLE, coldstart_result()], "0.json: not a result file of bench_coldstart.py"),
+    "no quality": ([coldstart_result(), coldstart_result()], "1.json: not a result file of eval_triviaqa.py"),
+    "no JSON object": ([coldstart_result(), [1]], "1.json: not a result file"),
+    "stock alone": ([without_progressive(), WHOLE], "0.json: ProgressiveServe was not measured"),
+    "two bandwidths": ([sweep(), WHOLE], "0.json: measured at 118, 25 MB/s"),
+    "a stage that was not reached": ([held(), WHOLE], "0.json: stage 3"),
+    "another checkpoint": ([coldstart_result(), quality_result(*QUALITY_ROWS, checkpoint="other")], "1.json: of other"),
+    "other questions": (
+        [coldstart_result(), WHOLE, quality_result(quality_row(None, False, 1, 2), checkpoint=None, ids="1")],
+        "2.json: other questions",
+    ),
+    "a row twice": ([coldstart_result(), WHOLE, quality_result(QUALITY_ROWS[1])], "2.json: stage 1 + adapter"),
+    "requests that failed": (
+        [coldstart_result(), quality_result(quality_row(1, False, 1, 2, 3))],
+        "1.json: 3 requests",
+    ),
+    "a stage too many": ([coldstart_result(), quality_result(quality_row(4, False, 1, 2))], "1.json: stage 4"),
+}
+
+
+@pytest.mark.parametrize("case", UNJOINABLE)
+def test_results_that_do_not_belong_together(case, tmp_path):
+    contents, named = UNJOINABLE[case]
+    done = run_script(EVAL, "--table", *results(tmp_path, *contents))
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.md"))
+
+
 # ---- what is really served --------------------------------------------------------------------------
 
 
@@ -321,8 +524,11 @@ def answers_of(result: dict, stage: int | None, adapter: bool = False) -> dict[s
     return {row["id"]: row["answer"] for row in rows}
 
 
-def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
-    """The last stage answers as stock vLLM does, question by question; the others, and the adapter, do not."""
+def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, coldstart, tmp_path):
+    """The last stage answers as stock vLLM does, question by question; the others, and the adapter, do not.
+
+    Joined with a cold start of the same checkpoint, this is table 1 of the paper.
+    """
     options = ["--data", facts, "--limit", "100"]
     done = run_script(EVAL, adapted_checkpoint, *options, "--stages", "1,3", "--json", tmp_path / "ours.json")
     assert done.returncode == 0, done.stderr
@@ -330,6 +536,8 @@ def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
     assert [(row["stage"], row["adapter"]) for row in ours["rows"]] == [(1, False), (1, True), (3, False)]
     assert ours["summary"]["em"] == ours["rows"][-1]["em"] > ours["rows"][0]["em"]
     assert all(row["seconds_to_stage"] > 0 and row["ttft"] > 0 for row in ours["rows"])
+    served = blake3((adapted_checkpoint / "adapters" / "stage1" / "adapter_model.safetensors").read_bytes())
+    assert [row["adapter_blake3"] for row in ours["rows"]] == [None, served.hexdigest(), None]
     with stock_server(adapted_checkpoint, tmp_path / "log") as url:
         done = run_script(EVAL, "--base-url", url, *options, "--json", tmp_path / "stock.json")
     assert done.returncode == 0, done.stderr
@@ -337,6 +545,16 @@ def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, tmp_path):
     assert answers_of(ours, 3) == answers_of(stock, None)
     assert stock["summary"]["em"] == ours["summary"]["em"]
     assert answers_of(ours, 1) != answers_of(ours, 1, adapter=True) != answers_of(ours, 3)
+    start = json.loads(coldstart[1].read_text())["summary"][0]
+    lines = table_of(coldstart[1], tmp_path / "ours.json", tmp_path / "stock.json")
+    quality = [[f"{row[key]:.1f}" for key in ("em", "f1")] for row in (*ours["rows"][1:], stock["summary"])]
+    at = [start["stage1"], start["stage2"], start["stage3"]]
+    assert lines == [
+        ["stock vLLM", "-", "-", *quality[2]],
+        ["stage 1 + adapter", f"{at[0]:.1f}", f"{at[0]:.1f}", *quality[0]],
+        ["stage 2", f"{at[1] - at[0]:.1f}", f"{at[1]:.1f}", "-", "-"],  # was not evaluated
+        ["stage 3, the full model", f"{at[2] - at[1]:.1f}", f"{at[2]:.1f}", *quality[1]],
+    ]
 
 
 class stock_server:
