@@ -244,17 +244,15 @@ def test_bad_adapter(case, split_tiny, tmp_path):
 # ---- transitions that fail, and an engine that steps by itself --------------------------------------
 
 
-def test_failed_transition_goes_back(adapted_checkpoint, prompts, tmp_path):
+def test_failed_transition_goes_back(probe_of, adapted_checkpoint, prompts, tmp_path):
     """Half of the weights were of the new stage already; and the adapters' files are gone by then."""
     copy = Path(shutil.copytree(adapted_checkpoint, tmp_path / "checkpoint"))
     found = run_probe(tmp_path, "failing", copy, prompts=prompts[:16])
     assert "no room for the third" in found["failure"]
     assert found["stage_after_failure"] == 1
     assert found["answers_after_failure"] == found["stage1"]
-    assert found["stage2"] != found["stage1"]
-    assert tokens(found["stage2"]) == stage_answers(
-        adapted_checkpoint, 2, prompts[:16], adapted_checkpoint / "adapters/stage2"
-    )
+    assert tokens(found["stage1"]) != tokens(found["stage2"]) != tokens(found["stage3"])
+    assert found["stage3"] == probe_of("float32", adapted_checkpoint)["stage3"][:16]  # which is equal to stock's
 
 
 def test_nothing_is_computed_within_a_transition(demo_checkpoint, prompts, tmp_path):
@@ -530,7 +528,7 @@ MOMENTS = {
     "creating the engine": lambda server, reader: '"imported"' in journal_of(reader).read_text(),
     "creating the model": lambda server, reader: len(psutil.Process(server.process.pid).children(recursive=True)) > 2,
     "about to listen": lambda server, reader: "Starting vLLM server" in server.log.read_text(),
-    "serving": lambda server, reader: server.answers(),
+    "serving": lambda server, reader: server.is_up(),
 }
 
 
