@@ -7,7 +7,7 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
             mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike:
             they are read just before. With --unverified-cold, for kernels that cannot tell, it is not checked.
     TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client. With --ray
-            from the creation of the Ray actor that spawns it.
+            from the creation of the Ray actor that spawns it, and holds one GPU where there is one.
     floor   max(TTFT of `warm`, stage-1 bytes / bandwidth): a cold start may cost what a warm one costs, or what the
             storage costs, and no more. The floor of the full model uses all bytes; it is the one of every mode that
             answers from the full model only. Bandwidth is what `dd bs=8M` reads, cold, in the same control group,
@@ -70,6 +70,7 @@ import mmap
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -82,7 +83,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -345,6 +346,8 @@ class ServerProcess:
     pid: int | None = None
 
     def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
+        if "CUDA_VISIBLE_DEVICES" in os.environ:  # of an actor: what Ray gave it
+            env = {**env, "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]}
         with open(pipe, "wb") as output:
             options = {"stdout": output, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
             self.process = subprocess.Popen(command, **options)
@@ -371,13 +374,13 @@ class ServerProcess:
 
 
 class RayServerProcess:
-    """The same, started by a fresh Ray actor."""
+    """The same, started by a fresh Ray actor, which holds a GPU where there is one."""
 
     def __init__(self):
         import ray
 
         self.get, self.kill = ray.get, ray.kill
-        self.actor = ray.remote(num_cpus=0)(ServerProcess).remote()
+        self.actor = ray.remote(num_cpus=0, num_gpus=int(HAS_GPU))(ServerProcess).remote()
 
     def start(self, command: list[str], env: dict[str, str], pipe: str) -> int:
         self.pid = self.get(self.actor.start.remote(command, env, pipe))
@@ -396,18 +399,31 @@ class RayServerProcess:
 
 @contextlib.contextmanager
 def ray_cluster():
-    """A Ray of our own on this machine. Raises UsageError where it is not installed."""
+    """A Ray of our own on this machine, of which nothing stays. Raises UsageError where it cannot be had.
+
+    It is started in a thread, so that a signal that comes meanwhile waits until it is up and can be shut down. The
+    thread stays until the end, since Ray's processes die with it.
+    """
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--ray: Ray is not installed: pip install ray")
     import ray
 
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one to the home folder
     terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    signal.signal(signal.SIGTERM, terminate)  # Ray puts in its own
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    options = {"address": "local", "num_cpus": 1, "num_gpus": int(HAS_GPU), "object_store_memory": 80 << 20}
+    options |= {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, ThreadPoolExecutor(1) as pool:
+        started = pool.submit(ray.init, **options, _temp_dir=folder)
+        try:
+            started.result()
+            signal.signal(signal.SIGTERM, terminate)  # Ray puts in its own
+        except OSError as error:  # a path of more than 107 bytes for its sockets
+            raise UsageError(f"--ray: Ray does not start ({error}): name another folder in TMPDIR") from error
+        else:
+            yield
+        finally:
+            wait([started])
+            ray.shutdown(wait_for_processes=True)
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
@@ -1433,7 +1449,8 @@ def run(args: argparse.Namespace, logs: Path) -> None:
 
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed benchmark stops its server as well
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that a killed benchmark stops its server as well
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     logs = Path(tempfile.mkdtemp(prefix="bench-coldstart-"))
     try:
         run(args, logs)

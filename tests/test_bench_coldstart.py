@@ -1,12 +1,16 @@
 """bench_coldstart.py: what "cold" means is enforced, what is written is what was measured."""
 
+import contextlib
 import itertools
 import json
 import mmap
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,6 +241,91 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     assert log_path.read_text() == "one\ntwo\n"
     assert len(tree) == 2
     assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+# ---- Ray --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_tmp():
+    """A temporary folder whose path is short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def bench_with_ray(checkpoint: Path, folder: Path, home: Path):
+    """The benchmark with --ray, in a process of its own, for the time being."""
+    command = [sys.executable, BENCH, "--ray", "--mode", "progressive", "--checkpoint", checkpoint]
+    env = {**os.environ, "TMPDIR": str(folder), "HOME": str(home)}
+    with open(home / "stderr", "wb") as stderr:
+        bench = subprocess.Popen([*command, "--json", home / "cold.json"], stderr=stderr, env=env)
+        try:
+            yield bench
+        finally:
+            bench.kill()
+            bench.wait()
+
+
+def children(bench: subprocess.Popen, word: str) -> list[psutil.Process]:
+    """All processes that the benchmark has started, if one of them has this word in its command line."""
+    assert bench.poll() is None
+    found = psutil.Process(bench.pid).children(recursive=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if any(word in part for process in found for part in process.cmdline()):
+            return found
+    time.sleep(0.05)
+    return []
+
+
+def test_servers_of_ray_actors_and_nothing_of_them_stays(demo_checkpoint, tmp_path, short_tmp):
+    out = tmp_path / "cold.json"
+    with bench_with_ray(demo_checkpoint, short_tmp, tmp_path) as bench:
+        while not out.exists() or not (processes := children(bench, "progressive_serve.py")):
+            pass  # the first trial, and the second trial's server
+        bench.terminate()
+        assert bench.wait(60) == 143
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert [*short_tmp.glob("ray*"), *short_tmp.glob("bench-*")] == []  # vLLM's own may stay: sockets and the like
+    assert not (tmp_path / ".ray").exists()
+    (row,) = json.loads(out.read_text())["trials"]
+    assert row["mode"] == "progressive" and row["cold"] is True and row["stage_seconds"].keys() == {"1", "2", "3"}
+    assert 0 < row["listening"] < row["ttft"] and row["peak_pss"] > 200e6 and row["answer"]
+
+
+def test_interrupt_while_ray_starts(split_tiny, tmp_path, short_tmp):
+    with bench_with_ray(split_tiny, short_tmp, tmp_path) as bench:
+        while not (processes := children(bench, "gcs_server")):
+            pass
+        bench.send_signal(signal.SIGINT)
+        assert bench.wait(60) == 130
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert list(short_tmp.iterdir()) == []
+
+
+def test_server_of_a_ray_actor_sees_the_gpu_that_ray_gave_it(tmp_path, short_tmp, monkeypatch):
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
+    monkeypatch.setattr(bench_coldstart, "library_files", list)
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # Ray puts in its own
+    script = "import os; print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')))"
+    log_path, args = tmp_path / "server.log", SimpleNamespace(checkpoint=tmp_path, unverified_cold=False, ray=True)
+    with bench_coldstart.ray_cluster():
+        with bench_coldstart.trial_server([sys.executable, "-c", script], args, False, log_path) as server:
+            while server.process.poll() is None:
+                time.sleep(0.05)
+        assert [line for _, line in server.lines] == ["4 3\n"]
+    assert list(short_tmp.iterdir()) == []
+
+
+def test_ray_that_does_not_start_names_the_way_out(split_tiny, tmp_path):
+    folder = tmp_path / ("x" * 90)
+    options = ["--checkpoint", split_tiny, "--ray", "--json", tmp_path / "no.json"]
+    done = run_script(BENCH, *options, TMPDIR=str(folder))
+    assert done.returncode == 2 and "107 bytes" in done.stderr and "TMPDIR" in done.stderr
+    assert list(folder.iterdir()) == []
 
 
 # ---- cold, and slow ---------------------------------------------------------------------------------
