@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import mmap
 import os
 import shutil
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import BENCH, run_script
+from conftest import BENCH, SERVER, run_script
 
 import bench_coldstart
 from bench_coldstart import COMPILATION, FIRST_TOKEN, FRAMEWORK, GRAPHS, KV_CACHE, TOKENIZER, WEIGHTS, UsageError
@@ -201,25 +202,24 @@ def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
 
 def test_servers_side_by_side_take_turns(split_tiny, tmp_path):
     out = tmp_path / "cold.json"
-    options = [
-        "--mode",
-        "stage1,progressive",
-        "--trials",
-        "1",
-        "--throughput",
-        "2x8,1x4",
-        "--side-by-side",
-        "--json",
-        out,
-    ]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    before = Path(shutil.copy(SERVER, tmp_path / "another_version.py"))
+    options = ["--mode", "before,progressive", "--before", before, "--trials", "1", "--json", out]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--throughput", "2x8*3,1x4", "--side-by-side")
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(out.read_text())["trials"]
-    assert [(row["mode"], row["cold"], row["throughput"].keys()) for row in rows] == [
-        ("stage1", False, {"2x8", "1x4"}),
-        ("progressive", False, {"2x8", "1x4"}),
+    result = json.loads(out.read_text())
+    rows = result["trials"]
+    assert [(row["mode"], row["cold"], row["command"][1]) for row in rows] == [
+        ("before", False, before.name),
+        ("progressive", False, SERVER.name),
     ]
-    assert all(sum(row["steps"].values()) == pytest.approx(row["ttft"]) for row in rows)
+    for row in rows:
+        assert {load: len(samples) for load, samples in row["throughput"].items()} == {"2x8": 3, "1x4": 1}
+        assert sum(row["steps"].values()) == pytest.approx(row["ttft"])
+    _, point = result["summary"]
+    assert point["ttft_over_before"] == rows[1]["ttft"] / rows[0]["ttft"]
+    (pairs,) = point["pairs_over_before"].values()  # one pair of 1x4 says nothing
+    assert pairs["pairs"] == 3 and pairs["low"] <= pairs["ratio"] <= pairs["high"]
+    assert "/before" in done.stdout and f"{pairs['ratio']:.3f} (95 % from {pairs['low']:.3f}" in done.stdout
 
 
 def test_output_and_memory_of_a_server_are_recorded(tmp_path):
@@ -504,6 +504,31 @@ def test_summary_is_made_of_medians_and_floors():
     assert warm["ttft"] == 6.0 and "floor" not in warm and warm["ttft_over_baseline"] is None
 
 
+def test_pairs_cancel_the_drift_of_the_machine():
+    """Both servers slow down alike, by far more than they differ."""
+    speeds = [100.0 - number for number in range(40)]
+    ours = [speed * (0.98 if number % 2 else 1.0) for number, speed in enumerate(speeds)]
+    trials = [trial("baseline", 0, 9.0, throughput={"8x9": speeds[:30]})]
+    trials += [trial("baseline", 0, 9.0, throughput={"8x9": speeds[30:]})]
+    trials += [trial("progressive", 0, 5.0, throughput={"8x9": ours[:30], "1x9": [9.0]})]
+    trials += [trial("progressive", 0, 5.0, throughput={"8x9": ours[30:], "1x9": [9.0]})]
+    result = make_result(trials, {"0": [1000.0]}) | {"arguments": {"side_by_side": True}}
+    baseline, progressive = bench_coldstart.summarise(result)
+    (load, pairs), *others = progressive["pairs_over_baseline"].items()
+    assert (load, pairs["pairs"], others) == ("8x9", 40, []) and "pairs_over_baseline" not in baseline
+    assert pairs["ratio"] == pytest.approx(0.98**0.5)
+    half = 1.96 * abs(math.log(0.98)) / 2 / 40**0.5  # of a normal mean: each log is one of two, equally often
+    assert math.log(pairs["low"] / pairs["ratio"]) == pytest.approx(-half, rel=0.1)
+    assert math.log(pairs["high"] / pairs["ratio"]) == pytest.approx(half, rel=0.1)
+    assert bench_coldstart.summarise(result)[1] == progressive  # the same numbers every time
+    result["arguments"]["side_by_side"] = False  # then a place in the list is no pair
+    assert "pairs_over_baseline" not in bench_coldstart.summarise(result)[1]
+
+
+def test_repeated_loads():
+    assert bench_coldstart.loads("8x256*2,1x4") == ["8x256", "8x256", "1x4"]
+
+
 def test_floor_is_what_costs_more():
     stages = [800_000_000, 200_000_000]
     assert bench_coldstart.floors(6.0, 100.0, stages) == (8.0, 10.0)
@@ -692,6 +717,10 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--side-by-side"], "--throughput"),
         (["--throughput", "1x8,8by256"], "8by256"),
         (["--throughput", "0x256"], "0x256"),
+        (["--throughput", "8x256*0"], "8x256*0"),
+        (["--checkpoint", "{checkpoint}", "--mode", "before,progressive"], "--before"),
+        (["--checkpoint", "{checkpoint}", "--mode", "before", "--before", "/no/such.py"], "/no/such.py"),
+        (["--checkpoint", "{checkpoint}", "--before", "bench_coldstart.py"], "--mode before,progressive"),
         (["--stretch", "-2"], "--stretch -2"),
         (["--plot", "/no/such.json"], "/no/such.json"),
         (["--checkpoint", "{checkpoint}", "--predict", "{checkpoint}/config.json"], "config.json"),
