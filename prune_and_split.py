@@ -92,7 +92,8 @@ TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
          the demo model brings its own. With --layers or --synthetic, layers
          are scored only where --calibration is given.
 SHAPE    tinyllama-1.1b, llama3.2-3b, llama2-7b, llama2-13b or llama3-8b, to
-         time cold starts; unscored, the block ends just before the last layer.
+         time cold starts; unscored, the block ends just before the last layer,
+         but that of llama2-7b is the paper's (20-27 from 0).
 """
 
 # Published shapes. Llama 3.2's 131072 positions come from rope scaling of 8192; the weights do not depend on it.
@@ -118,6 +119,7 @@ SYNTHETIC_SHAPES = {
         vocab_size=128256, max_position_embeddings=8192, rope_theta=5e5, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+PAPER_BLOCKS = {("llama2-7b", 8): (20, 27)}  # shape, layers pruned: the first and the last, its "layers 21-28"
 SYNTHETIC_STD = 0.02  # LLaMA's initializer_range
 SYNTHETIC_POOL = (1 << 25) + 1  # values; odd, so that a matrix longer than the pool repeats no row
 SYNTHETIC_UNKNOWN, SYNTHETIC_BOS, SYNTHETIC_EOS = "?", "<s>", "</s>"  # ids 0, 1, 2
@@ -680,7 +682,7 @@ def choose_block(source: Source, args: argparse.Namespace) -> Pruning:
         method, count = "manual", last - first + 1
     else:  # a block of random weights is as good as any other
         count = parse_prune(args.prune, num_layers)
-        first, last = num_layers - 1 - count, num_layers - 2
+        first, last = PAPER_BLOCKS.get((args.synthetic, count), (num_layers - 1 - count, num_layers - 2))
         method = "fixed" if args.synthetic and args.calibration is None else "angular_distance"
     if args.stages < 2 or args.stages - 1 > count:
         raise UsageError(

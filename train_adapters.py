@@ -25,8 +25,10 @@ Outputs, in CKPT/adapters/stage{k}/, whole or not at all:
 
 Checkpoints of a run in progress lie in CKPT/adapters/.stage{k}.training/ and are removed at its end.
 
-Memory: LLaMA-2-7B in bfloat16 with --gradient-checkpointing, 4 sequences of 512 tokens, needs about 11 GiB for stage 1
-and 13 GiB for stage 2 (computed by estimate_memory, which is printed before each training; not measured on a GPU yet).
+Memory: LLaMA-2-7B at the defaults on a GPU (bfloat16, gradient checkpointing, 16 sequences of 512 tokens) needs about
+15 GiB for stage 1 and 17 GiB for stage 2, so a card of 24 GiB does; 11 and 13 GiB with --batch-size 4 --grad-accum 4,
+which makes the same updates; 50 and 51 GiB with --no-gradient-checkpointing (computed by estimate_memory, which is
+printed before each training; not measured on a GPU yet).
 """
 
 import argparse
@@ -49,6 +51,7 @@ from tqdm import tqdm
 
 # ---- constants --------------------------------------------------------------------------------------
 
+HAS_GPU = bool(list(Path("/dev").glob("nvidia[0-9]*")))
 FORMAT_VERSION = 1  # of progressive.json
 NAME = Path(__file__).name
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets")
@@ -563,8 +566,9 @@ def parse_args() -> argparse.Namespace:
     add("--max-steps", type=positive_int, metavar="N", help="updates, in place of --epochs")
     add("--batch-size", type=positive_int, metavar="B", default=16, help="a device (default: %(default)s)")
     add("--grad-accum", type=positive_int, metavar="N", default=1, help="batches an update (default: %(default)s)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=HAS_GPU, help="default: on a GPU")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=HAS_GPU,
+        help="less memory, a third more time; default: on a GPU")  # fmt: skip
     add("--seed", type=int, metavar="I", default=0, help="default: %(default)s")
 
     add = parser.add_argument_group("output").add_argument
@@ -577,8 +581,6 @@ def parse_args() -> argparse.Namespace:
     if not args.heal_on:
         is_demo = args.checkpoint == DEMO_CHECKPOINT and DEMO_FACTS.is_file()
         args.dataset = args.dataset or (str(DEMO_FACTS) if is_demo else "squad")
-    if args.bf16 is None:
-        args.bf16 = bool(list(Path("/dev").glob("nvidia[0-9]*")))
     return args
 
 

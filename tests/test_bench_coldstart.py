@@ -1,19 +1,24 @@
 """bench_coldstart.py: what "cold" means is enforced, what is written is what was measured."""
 
+import contextlib
 import itertools
 import json
+import math
 import mmap
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import BENCH, run_script
+from conftest import BENCH, SERVER, run_script
 
 import bench_coldstart
 from bench_coldstart import COMPILATION, FIRST_TOKEN, FRAMEWORK, GRAPHS, KV_CACHE, TOKENIZER, WEIGHTS, UsageError
@@ -194,25 +199,24 @@ def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
 
 def test_servers_side_by_side_take_turns(split_tiny, tmp_path):
     out = tmp_path / "cold.json"
-    options = [
-        "--mode",
-        "stage1,progressive",
-        "--trials",
-        "1",
-        "--throughput",
-        "2x8,1x4",
-        "--side-by-side",
-        "--json",
-        out,
-    ]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    before = Path(shutil.copy(SERVER, tmp_path / "another_version.py"))
+    options = ["--mode", "before,progressive", "--before", before, "--trials", "1", "--json", out]
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--throughput", "2x8*3,1x4", "--side-by-side")
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(out.read_text())["trials"]
-    assert [(row["mode"], row["cold"], row["throughput"].keys()) for row in rows] == [
-        ("stage1", False, {"2x8", "1x4"}),
-        ("progressive", False, {"2x8", "1x4"}),
+    result = json.loads(out.read_text())
+    rows = result["trials"]
+    assert [(row["mode"], row["cold"], row["command"][1]) for row in rows] == [
+        ("before", False, before.name),
+        ("progressive", False, SERVER.name),
     ]
-    assert all(sum(row["steps"].values()) == pytest.approx(row["ttft"]) for row in rows)
+    for row in rows:
+        assert {load: len(samples) for load, samples in row["throughput"].items()} == {"2x8": 3, "1x4": 1}
+        assert sum(row["steps"].values()) == pytest.approx(row["ttft"])
+    _, point = result["summary"]
+    assert point["ttft_over_before"] == rows[1]["ttft"] / rows[0]["ttft"]
+    (pairs,) = point["pairs_over_before"].values()  # one pair of 1x4 says nothing
+    assert pairs["pairs"] == 3 and pairs["low"] <= pairs["ratio"] <= pairs["high"]
+    assert "/before" in done.stdout and f"{pairs['ratio']:.3f} (95 % from {pairs['low']:.3f}" in done.stdout
 
 
 def test_output_and_memory_of_a_server_are_recorded(tmp_path):
@@ -246,6 +250,91 @@ def test_stages_are_counted_from_the_creation_of_the_actor(monkeypatch):
     _, followed = bench_coldstart.follow_stages(server, "url", "prompt", {"stage": 1}, silent=True)
     assert [row["seconds"] for row in followed["stages"]] == [9.75, None]
     assert [row["seconds"] for row in followed["timeline"]] == [9.75]
+
+
+# ---- Ray --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_tmp():
+    """A temporary folder whose path is short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def bench_with_ray(checkpoint: Path, folder: Path, home: Path):
+    """The benchmark with --ray, in a process of its own, for the time being."""
+    command = [sys.executable, BENCH, "--ray", "--mode", "progressive", "--checkpoint", checkpoint]
+    env = {**os.environ, "TMPDIR": str(folder), "HOME": str(home)}
+    with open(home / "stderr", "wb") as stderr:
+        bench = subprocess.Popen([*command, "--json", home / "cold.json"], stderr=stderr, env=env)
+        try:
+            yield bench
+        finally:
+            bench.kill()
+            bench.wait()
+
+
+def children(bench: subprocess.Popen, word: str) -> list[psutil.Process]:
+    """All processes that the benchmark has started, if one of them has this word in its command line."""
+    assert bench.poll() is None
+    found = psutil.Process(bench.pid).children(recursive=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if any(word in part for process in found for part in process.cmdline()):
+            return found
+    time.sleep(0.05)
+    return []
+
+
+def test_servers_of_ray_actors_and_nothing_of_them_stays(demo_checkpoint, tmp_path, short_tmp):
+    out = tmp_path / "cold.json"
+    with bench_with_ray(demo_checkpoint, short_tmp, tmp_path) as bench:
+        while not out.exists() or not (processes := children(bench, "progressive_serve.py")):
+            pass  # the first trial, and the second trial's server
+        bench.terminate()
+        assert bench.wait(60) == 143
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert [*short_tmp.glob("ray*"), *short_tmp.glob("bench-*")] == []  # vLLM's own may stay: sockets and the like
+    assert not (tmp_path / ".ray").exists()
+    (row,) = json.loads(out.read_text())["trials"]
+    assert row["mode"] == "progressive" and row["cold"] is True and row["stage_seconds"].keys() == {"1", "2", "3"}
+    assert 0 < row["listening"] < row["ttft"] and row["peak_pss"] > 200e6 and row["answer"]
+
+
+def test_interrupt_while_ray_starts(split_tiny, tmp_path, short_tmp):
+    with bench_with_ray(split_tiny, short_tmp, tmp_path) as bench:
+        while not (processes := children(bench, "gcs_server")):
+            pass
+        bench.send_signal(signal.SIGINT)
+        assert bench.wait(60) == 130
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert list(short_tmp.iterdir()) == []
+
+
+def test_server_of_a_ray_actor_sees_the_gpu_that_ray_gave_it(tmp_path, short_tmp, monkeypatch):
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
+    monkeypatch.setattr(bench_coldstart, "library_files", list)
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # Ray puts in its own
+    script = "import os; print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')))"
+    log_path, args = tmp_path / "server.log", SimpleNamespace(checkpoint=tmp_path, unverified_cold=False, ray=True)
+    with bench_coldstart.ray_cluster():
+        with bench_coldstart.trial_server([sys.executable, "-c", script], args, False, log_path) as server:
+            while server.process.poll() is None:
+                time.sleep(0.05)
+        assert [line for _, line in server.lines] == ["4 3\n"]
+    assert list(short_tmp.iterdir()) == []
+
+
+def test_ray_that_does_not_start_names_the_way_out(split_tiny, tmp_path):
+    folder = tmp_path / ("x" * 90)
+    options = ["--checkpoint", split_tiny, "--ray", "--json", tmp_path / "no.json"]
+    done = run_script(BENCH, *options, TMPDIR=str(folder))
+    assert done.returncode == 2 and "107 bytes" in done.stderr and "TMPDIR" in done.stderr
+    assert list(folder.iterdir()) == []
 
 
 # ---- cold, and slow ---------------------------------------------------------------------------------
@@ -422,6 +511,31 @@ def test_summary_is_made_of_medians_and_floors():
     assert progressive["throughput"] == {"8x9": 198.0, "1x9": 9.0}
     assert progressive["throughput_over_baseline"] == {"8x9": 0.99}
     assert warm["ttft"] == 6.0 and "floor" not in warm and warm["ttft_over_baseline"] is None
+
+
+def test_pairs_cancel_the_drift_of_the_machine():
+    """Both servers slow down alike, by far more than they differ."""
+    speeds = [100.0 - number for number in range(40)]
+    ours = [speed * (0.98 if number % 2 else 1.0) for number, speed in enumerate(speeds)]
+    trials = [trial("baseline", 0, 9.0, throughput={"8x9": speeds[:30]})]
+    trials += [trial("baseline", 0, 9.0, throughput={"8x9": speeds[30:]})]
+    trials += [trial("progressive", 0, 5.0, throughput={"8x9": ours[:30], "1x9": [9.0]})]
+    trials += [trial("progressive", 0, 5.0, throughput={"8x9": ours[30:], "1x9": [9.0]})]
+    result = make_result(trials, {"0": [1000.0]}) | {"arguments": {"side_by_side": True}}
+    baseline, progressive = bench_coldstart.summarise(result)
+    (load, pairs), *others = progressive["pairs_over_baseline"].items()
+    assert (load, pairs["pairs"], others) == ("8x9", 40, []) and "pairs_over_baseline" not in baseline
+    assert pairs["ratio"] == pytest.approx(0.98**0.5)
+    half = 1.96 * abs(math.log(0.98)) / 2 / 40**0.5  # of a normal mean: each log is one of two, equally often
+    assert math.log(pairs["low"] / pairs["ratio"]) == pytest.approx(-half, rel=0.1)
+    assert math.log(pairs["high"] / pairs["ratio"]) == pytest.approx(half, rel=0.1)
+    assert bench_coldstart.summarise(result)[1] == progressive  # the same numbers every time
+    result["arguments"]["side_by_side"] = False  # then a place in the list is no pair
+    assert "pairs_over_baseline" not in bench_coldstart.summarise(result)[1]
+
+
+def test_repeated_loads():
+    assert bench_coldstart.loads("8x256*2,1x4") == ["8x256", "8x256", "1x4"]
 
 
 def test_floor_is_what_costs_more():
@@ -612,6 +726,10 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--side-by-side"], "--throughput"),
         (["--throughput", "1x8,8by256"], "8by256"),
         (["--throughput", "0x256"], "0x256"),
+        (["--throughput", "8x256*0"], "8x256*0"),
+        (["--checkpoint", "{checkpoint}", "--mode", "before,progressive"], "--before"),
+        (["--checkpoint", "{checkpoint}", "--mode", "before", "--before", "/no/such.py"], "/no/such.py"),
+        (["--checkpoint", "{checkpoint}", "--before", "bench_coldstart.py"], "--mode before,progressive"),
         (["--stretch", "-2"], "--stretch -2"),
         (["--plot", "/no/such.json"], "/no/such.json"),
         (["--checkpoint", "{checkpoint}", "--predict", "{checkpoint}/config.json"], "config.json"),

@@ -318,6 +318,23 @@ def test_synthetic_shapes_are_the_published_ones(shape, parameters, monkeypatch)
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [
+        (["--synthetic", "llama2-7b"], "20-27 (fixed)"),  # what the paper calls layers 21-28
+        (["--synthetic", "llama2-7b", "--prune", "4"], "27-30 (fixed)"),
+        (["--synthetic", "llama2-7b", "--layers", "3-4"], "3-4 (manual)"),
+        (["--synthetic", "llama3-8b"], "23-30 (fixed)"),
+        (["--synthetic", "tinyllama-1.1b"], "16-20 (fixed)"),
+    ],
+)
+def test_unscored_block_of_a_shape_is_the_papers_where_it_has_one(options, block, monkeypatch, capsys):
+    monkeypatch.setattr(script, "SYNTHETIC_POOL", 1001)
+    monkeypatch.setattr(sys, "argv", ["prune_and_split.py", *options, "--plan-only"])
+    assert script.main() == 0
+    assert f"stage 1 leaves out layers {block}" in capsys.readouterr().out
+
+
 def test_synthetic_weights_are_normal_and_depend_on_seed_and_name(monkeypatch):
     monkeypatch.setattr(script, "SYNTHETIC_POOL", (1 << 21) + 1)
     model, other = script.SyntheticModel("tinyllama-1.1b", seed=0), script.SyntheticModel("tinyllama-1.1b", seed=1)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_stage, run_script
+from conftest import ROOT, PassLayer, load_stage, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_adapters
+from prune_and_split import SYNTHETIC_SHAPES
 from train_adapters import IGNORED, UsageError
 
 TRAIN = ROOT / "train_adapters.py"
@@ -135,6 +136,22 @@ def test_healing_and_every_linear_layer(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     weights = load_file(checkpoint / "adapters" / "stage2" / "adapter_model.safetensors")
     assert len(weights) == 3 * 7 * 2  # layers, linear layers, A and B
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+def test_defaults_train_llama2_7b_on_a_card_of_24_gib(targets, monkeypatch):
+    monkeypatch.setattr(train_adapters, "HAS_GPU", True)
+    monkeypatch.setattr(sys, "argv", ["train_adapters.py", "llama2-7b-progressive", "--targets", targets])
+    args = train_adapters.parse_args()
+    assert args.batch_size * args.grad_accum == 16 and args.seq_len == 512
+    with torch.device("meta"):  # stage 2, the larger one: 24-27 are missing
+        config = AutoConfig.for_model("llama", **SYNTHETIC_SHAPES["llama2-7b"])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for layer in range(24, 28):
+            model.model.layers[layer] = PassLayer()
+        model = train_adapters.add_adapter(model, args)
+    weights = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad) / 2**30
+    assert weights < train_adapters.estimate_memory(model, args) < 0.8 * 24  # the rest: CUDA itself, fragmentation
 
 
 # ---- interrupted runs -------------------------------------------------------------------------------
