@@ -1213,6 +1213,7 @@ if __name__ == "__main__":
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if is_built_for_cpu():
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
+    sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
     for end_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end_signal, lambda number, _: end_before_ready(number=number))  # until vLLM's server handles them
@@ -2302,10 +2303,12 @@ def load_llm(
 
 def refuse_unsupported(options: dict) -> None:
     """Raises UsageError for an option of vLLM that staged loading cannot serve, or that it has to set itself."""
-    for name, neutral in UNSUPPORTED_OPTIONS.items():
-        if options.get(name, neutral) not in (neutral, None):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
+    unsupported = [name for name, usual in UNSUPPORTED_OPTIONS.items() if options.get(name, usual) not in (usual, None)]
+    if options.get("distributed_executor_backend") == "ray":  # its workers may be on other machines
+        unsupported.append("distributed_executor_backend")
+    for name in unsupported:
+        option = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
 
 
 def engine_options(launch: Launch, options: dict) -> dict:

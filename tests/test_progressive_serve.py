@@ -768,7 +768,13 @@ def test_bad_arguments(arguments, named, split_tiny):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("cpu_offload_gb", 4.0), ("offload_group_size", 2), ("enable_sleep_mode", True), ("quantization", "fp8")],
+    [
+        ("cpu_offload_gb", 4.0),
+        ("offload_group_size", 2),
+        ("enable_sleep_mode", True),
+        ("quantization", "fp8"),
+        ("distributed_executor_backend", "ray"),
+    ],
 )
 def test_options_that_move_the_weights_are_refused(option, value):
     import progressive_serve
