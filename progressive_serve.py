@@ -580,7 +580,6 @@ class Progress:
         elif event == "active":
             self.stage = fields["stage"]
         elif event == "error":
-            fields["text"] = without_folders(fields["text"])
             self.error = self.error or fields["text"]
             self.failed = min(self.failed or self.plan.num_stages, fields["stage"])
         for stage in range(1, min(self.stage, self.bound_stage()) + 1):
@@ -637,8 +636,11 @@ class Progress:
             "num_stages": self.plan.num_stages,
             "hold_stage": self.hold_stage or self.plan.num_stages,
             "stages": rows,
-            "timeline": self.timeline,
-            "error": self.error,
+            "timeline": [
+                {**event, "text": without_folders(event["text"])} if "text" in event else event
+                for event in self.timeline
+            ],
+            "error": self.error and without_folders(self.error),
         }
 
 
@@ -1902,6 +1904,8 @@ def note_parent() -> None:
 
 def die_with_parent() -> None:
     """In a child of the server: end when the parent does, however that ends. vLLM's would stay, with their memory."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # until vLLM has put in its own: those of the server end its reader
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != FORKED_BY[0]:  # it has ended meanwhile
         os._exit(1)
