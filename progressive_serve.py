@@ -1214,6 +1214,7 @@ if __name__ == "__main__":
     ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
     OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
     if is_built_for_cpu():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
