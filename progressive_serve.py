@@ -78,11 +78,15 @@ from pathlib import Path
 
 # ---- constants (every process) ----------------------------------------------------------------------
 
-FORMAT_VERSION = 1  # of progressive.json
+FORMAT_VERSIONS = (1, 2)  # of progressive.json; 2 has planes
 NAME = Path(__file__).name
 MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+LAYERS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # whose decoder layers a gate fits
+PLANES_ARCHITECTURES = (  # that a test has seen end as stock's, to the last bit
+    *LAYERS_ARCHITECTURES, "Qwen3ForCausalLM", "Phi3ForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM",
+)  # fmt: skip
+RECORD = ".planes"  # ends the name of a tensor of bytes that is a record, see read_record
 PLATFORMS = ("cpu", "cuda")
 VLLM_VERSIONS = ((0, 26), (0, 32))  # first and last release supported
 READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enough to stay in the CPU's cache
@@ -157,6 +161,9 @@ class Layers:
 
     layers: tuple[int, ...]  # numbered from 0
 
+    ARCHITECTURES = LAYERS_ARCHITECTURES
+    NEEDS_EARLIER = False  # whether the bytes of the stages before are needed again
+
     @classmethod
     def from_row(cls, row: dict) -> "Layers":
         """From a row of the manifest."""
@@ -182,7 +189,139 @@ class Layers:
         return {"layers": list(self.layers)}
 
 
-KINDS = {"layers": Layers}  # as the manifest names them
+CHUNK_WEIGHTS = 1 << 18  # that are coded together: what belongs to them stays in a core's cache
+FLOATS = {"BF16": ("<u2", 7), "F16": ("<u2", 10), "F32": ("<u4", 23)}  # bit patterns, mantissa bits
+SYMBOL_MANTISSA = 3  # mantissa bits in a symbol, at most: sign (1 bit), exponent code (4), mantissa (3)
+ESCAPE = 15  # the exponent code of a weight that is stored as it is
+
+
+def list_fields(known: list[int]) -> list[list[tuple[int, int]]]:
+    """By stage, the fields that hold the mantissa bits which no symbol has: (bits of the field, bits above it)."""
+    fields, above = [], min(known[0], SYMBOL_MANTISSA)
+    for last in known:
+        fields.append([])
+        while above < last:
+            bits = next(bits for bits in (8, 4, 2, 1) if bits <= last - above)  # a byte holds whole fields
+            fields[-1].append((bits, above))
+            above += bits
+    return fields
+
+
+def read_record(record) -> tuple[dict, list[list[memoryview]]]:
+    """Head and chunks (each a list of parts) of a record, whose first line is JSON. Raises ValueError."""
+    end = bytes(record[: 1 << 24]).index(b"\n") + 1
+    head, parts = json.loads(bytes(record[:end])), []
+    sizes = head["sizes"]
+    if min(map(min, sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
+        raise ValueError("the parts do not add up to the record")
+    for row in sizes:
+        parts.append([])
+        for size in row:
+            parts[-1].append(record[end : end + size])
+            end += size
+    return head, parts
+
+
+def inflate(part, size: int) -> "np.ndarray":
+    """`size` bytes, stored as they are or by zstd, whichever was smaller."""
+    if len(part) != size:
+        if zstandard.frame_content_size(part) != size:
+            raise ValueError(f"a part does not hold {size} bytes")
+        part = zstandard.ZstdDecompressor().decompress(part)
+    return np.frombuffer(part, np.uint8)
+
+
+def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: list[int]) -> None:
+    """Fill `out` [weights] with bit patterns. known: how many mantissa bits are after each stage.
+
+    The missing bits stand at their middle, which is as good as rounding to nearest.
+    """
+    count, signed = len(out), out.view(out.dtype.str.replace("u", "i"))
+    shift, middle = mantissa - SYMBOL_MANTISSA, (1 << mantissa - known[-1]) >> 1
+    symbols = inflate(parts[0], count).view(np.int8)
+    np.multiply(symbols, signed.dtype.type(1 << shift), out=signed, dtype=signed.dtype)
+    out &= out.dtype.type(1 << out.itemsize * 8 - 1 | 127 << shift)
+    out += out.dtype.type((base << mantissa) + middle)
+    for (bits, above), part in zip(itertools.chain(*list_fields(known)), parts[2:], strict=True):
+        packed = inflate(part, -(-count * bits // 8)).astype(out.dtype)
+        low = mantissa - above - bits  # place of the field's lowest bit
+        for row in range(8 // bits):
+            place = out[row * len(packed) : (row + 1) * len(packed)]
+            moved = packed << low - bits * row if low > bits * row else packed >> bits * row - low
+            place |= moved[: len(place)] & ((1 << bits) - 1 << low)
+    places = np.frombuffer(parts[1], "<u4", len(parts[1]) // (4 + out.itemsize))
+    if len(places) and places.max() >= count:
+        raise ValueError("an escape lies outside of its chunk")
+    out[places] = np.frombuffer(parts[1], out.dtype, offset=4 * len(places))
+
+
+def join_planes(records: list) -> "tuple[str, np.ndarray]":
+    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones."""
+    heads, chunks = zip(*map(read_record, records), strict=True)
+    (dtype, mantissa), known = FLOATS[heads[0]["dtype"]], [head["known"] for head in heads]
+    count = math.prod(heads[0]["shape"])
+    if len({(head["dtype"], *head["shape"]) for head in heads}) > 1 or len(chunks[0]) != -(-count // CHUNK_WEIGHTS):
+        raise ValueError("the records are not of one matrix, or of another shape")
+    out = np.empty(count, dtype)
+    for begin, base, *parts in zip(range(0, len(out), CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True):
+        join_chunk(out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+    return heads[0]["dtype"], out.reshape(heads[0]["shape"])
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Kind `planes`: a stage adds mantissa bits to every matrix; what is stored as it is comes whole, with stage 1.
+
+    Missing bits stand at their middle, so a stage that is being added makes one weight after the other better, and the
+    model can be served meanwhile. Vllm's loaders take whole tensors: the stages before are read again, from the buffer.
+    """
+
+    bits: int | str  # that this stage adds, or "rest"
+
+    ARCHITECTURES = PLANES_ARCHITECTURES
+    NEEDS_EARLIER = True
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Planes":
+        return cls(row["bits"])
+
+    @staticmethod
+    def check(stages: list["Planes"], num_layers: int) -> None:
+        """Raises ValueError unless all stages together are the model."""
+        if stages[-1].bits != "rest":
+            raise ValueError(f"the last stage adds {stages[-1].bits} bits, and not the rest")
+
+    def absent_layers(self) -> tuple[int, ...]:
+        return ()
+
+    @staticmethod
+    def weights(records: list[Iterator[tuple[str, "torch.Tensor"]]]) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """The weights at the precision of the last of these stages, from what the files of all of them hold."""
+        stage1, *later = records
+        ahead = [next(stage, None) for stage in later]
+        for name, tensor in stage1:
+            if not name.endswith(RECORD):
+                yield name, tensor
+                continue
+            given = [number for number, record in enumerate(ahead) if record and record[0] == name]
+            parts = [tensor, *(ahead[number][1] for number in given)]
+            try:
+                dtype, patterns = join_planes([memoryview(part.numpy()) for part in parts])
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"the planes of {name.removesuffix(RECORD)} are damaged: {error}") from error
+            yield (
+                name.removesuffix(RECORD),
+                torch.from_numpy(patterns.view(f"i{patterns.itemsize}")).view(DTYPES[dtype]),
+            )
+            for number in given:  # only now: what is asked for next takes the place of what there was
+                ahead[number] = next(later[number], None)
+
+    def as_dict(self) -> dict:
+        """For GET /progress."""
+        return {"bits": self.bits}
+
+
+KINDS = {"layers": Layers, "planes": Planes}  # as the manifest names them
 
 # ---- stage plan: the manifest (every process) -------------------------------------------------------
 
@@ -201,7 +340,7 @@ class Stage:
     """One stage: a row of the manifest."""
 
     number: int  # from 1
-    adds: Layers
+    adds: Layers | Planes
     files: tuple[StageFile, ...]
 
     @property
@@ -221,6 +360,10 @@ class Plan:
         return len(self.stages)
 
     @property
+    def kind(self) -> type[Layers | Planes]:
+        return type(self.stages[0].adds)
+
+    @property
     def files(self) -> list[StageFile]:
         """Every stage file, in the order in which they are read."""
         return [file for stage in self.stages for file in stage.files]
@@ -230,9 +373,8 @@ class Plan:
 
         records_of(file) gives what a file holds, as (name, tensor).
         """
-        return type(stages[0].adds).weights(
-            [itertools.chain.from_iterable(map(records_of, stage.files)) for stage in stages]
-        )
+        needed = self.stages[: stages[-1].number] if self.kind.NEEDS_EARLIER else stages
+        return self.kind.weights([itertools.chain.from_iterable(map(records_of, stage.files)) for stage in needed])
 
     def absent_layers(self, stage: int) -> list[int]:
         """Layers that are still missing when `stage` is active."""
@@ -257,9 +399,9 @@ def read_plan(checkpoint: str | Path) -> Plan:
     try:
         manifest = json.loads(manifest_path.read_text())
         version = manifest["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise UsageError(
-                f"{manifest_path}: format_version {version!r}, but this server reads {FORMAT_VERSION}\n"
+                f"{manifest_path}: format_version {version!r}, but this server reads {FORMAT_VERSIONS[-1]} and less\n"
                 "make the checkpoint again with the prune_and_split.py that came with this server"
             )
         stages = tuple(parse_stage(manifest_path, row) for row in manifest["stages"])
@@ -268,25 +410,37 @@ def read_plan(checkpoint: str | Path) -> Plan:
         if len(kinds := {type(stage.adds) for stage in stages}) > 1:
             raise ValueError("stages are of several kinds")
         kinds.pop().check([stage.adds for stage in stages], manifest["num_layers"])
-        check_config(root, manifest["num_layers"])
+        plan = Plan(root, stages)
+        check_config(plan, manifest["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{manifest_path} is malformed: {error!r}\nmake the checkpoint again with prune_and_split.py"
         ) from error
-    return Plan(root, stages)
+    return plan
 
 
-def check_config(root: Path, num_layers: int) -> None:
-    """Raises UsageError unless config.json is there, of an architecture that can be served and of as many layers."""
+def check_config(plan: Plan, num_layers: int) -> None:
+    """Raises UsageError unless config.json is there, and of as many layers."""
+    path = plan.root / "config.json"
     try:
-        config = json.loads((root / "config.json").read_text())
-        architecture, layers = config["architectures"][0], config["num_hidden_layers"]
+        layers, _ = json.loads(path.read_text())["num_hidden_layers"], architecture_of(plan)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UsageError(f"{root / 'config.json'} cannot be used ({error!r})\ncopy the checkpoint again") from error
-    if architecture not in ARCHITECTURES:
-        raise UsageError(f"{root} is a {architecture}; staged loading serves {' and '.join(ARCHITECTURES)}")
+        raise UsageError(f"{path} cannot be used ({error!r})\ncopy the checkpoint again") from error
     if layers != num_layers:
-        raise UsageError(f"{root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
+        raise UsageError(f"{plan.root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
+
+
+def architecture_of(plan: Plan) -> str:
+    return json.loads((plan.root / "config.json").read_text())["architectures"][0]
+
+
+def check_architecture(plan: Plan, untested: bool) -> None:
+    """Raises UsageError for a model that this kind of stages has not been seen to serve right."""
+    architecture, known = architecture_of(plan), plan.kind.ARCHITECTURES
+    if architecture in known or (untested and plan.kind is Planes):
+        return
+    way_out = "--untested-architecture lets you try" if plan.kind is Planes else "stages of planes may serve it"
+    raise UsageError(f"{plan.root} is a {architecture}; staged loading serves {', '.join(known)}; {way_out}")
 
 
 def parse_stage(manifest_path: Path, row: dict) -> Stage:
@@ -336,6 +490,10 @@ class Adapter:
 def read_adapters(plan: Plan) -> dict[int, Adapter]:
     """The adapters of a checkpoint, by stage. Raises UsageError for one that does not fit the checkpoint."""
     folders = [path for path in (plan.root / "adapters").glob("[!.]*") if path.is_dir()]
+    if folders and plan.kind is Planes:
+        raise UsageError(
+            f"{folders[0]}: adapters make up for missing layers, and stages of planes miss none; remove it"
+        )
     stages = {f"stage{stage.number}": stage.number for stage in plan.stages[:-1]}
     for folder in folders:
         if folder.name not in stages:
@@ -1217,6 +1375,7 @@ def start_reading(
     min_stage: int = 1,
     hold_stage: int | None = None,
     adapters: bool = True,
+    untested: bool = False,
     cache_dir: Path | None = None,
     limit_mbps: float = 0.0,
     start: float,
@@ -1229,6 +1388,7 @@ def start_reading(
     try:
         location = locate(checkpoint, cache_dir, scratch)
         plan = read_plan(location.root)
+        check_architecture(plan, untested)
         check_files(plan, location)
         hold_stage = plan.num_stages if hold_stage is None else hold_stage
         start_stage = hold_stage if start_stage is None else start_stage
@@ -1276,9 +1436,9 @@ def start_reading(
 def window_of(plan: Plan) -> int:
     """Bytes that may lie in the buffer. On a GPU one stage, so that the host needs no room for the whole model.
 
-    On a CPU the parameters lie in the same memory and fill as the buffer empties.
+    On a CPU the parameters lie in the same memory and fill as the buffer empties. Planes are needed until the last.
     """
-    in_use = sum if is_built_for_cpu() else max
+    in_use = sum if is_built_for_cpu() or plan.kind.NEEDS_EARLIER else max
     return in_use(stage.bytes for stage in plan.stages) + (1 << 30)
 
 
@@ -1312,6 +1472,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     group.add_argument("--hold-stage", type=int, metavar="K", help="stop at stage K (default: the last one)")
     group.add_argument(
         "--no-adapters", dest="adapters", action="store_false", help="leave the stages' adapters out, if there are any"
+    )
+    group.add_argument(
+        "--untested-architecture", dest="untested", action="store_true", help="serve planes of any model that vLLM has"
     )
     group = parser.add_argument_group("reading")
     group.add_argument(
@@ -1402,8 +1565,10 @@ if __name__ == "__main__":
 
 # ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
+import numpy as np
 import torch
 import vllm
+import zstandard
 from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
@@ -1721,7 +1886,11 @@ class AdapterSwap:
 
 # ---- binding: which stage, in which order, when it is complete (worker) -----------------------------
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class StageSource:
@@ -1733,6 +1902,8 @@ class StageSource:
         self.buffer = WeightBuffer(serving.buffer, plan)
         self.buffer.expect(workers)
         self.consumer = WeightBuffer.WORKERS + rank
+        self.hold_stage = serving.hold_stage
+        self.keeps = False  # the bytes that are handed out will be needed again
         self.following = threading.Lock()  # the binding thread and an engine step may both wait
 
     def wait(self, arrived: Callable[[Arrivals], bool]) -> None:
@@ -1762,6 +1933,7 @@ class StageSource:
 
         A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
         """
+        self.keeps = self.arrivals.plan.kind.NEEDS_EARLIER and stages[-1].number < self.hold_stage
         return self.arrivals.plan.weights(stages, self.tensors_of)
 
     def tensors_of(self, file: StageFile) -> Iterator[tuple[str, torch.Tensor]]:
@@ -1782,7 +1954,8 @@ class StageSource:
             dtype = DTYPES[entry["dtype"]]
             flat = torch.frombuffer(place, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
             yield name, flat.view(entry["shape"])
-            self.buffer.release(file, last, self.consumer)
+            if not self.keeps:
+                self.buffer.release(file, last, self.consumer)
 
 
 class Binding:
@@ -1814,7 +1987,9 @@ class Binding:
 
     def leave_empty(self) -> None:
         """Before vLLM's own post-processing."""
-        self.placing.leave_empty(self.adapters.modules_bound_anew())
+        refilled = self.plan.kind.NEEDS_EARLIER and self.serving.hold_stage > 1
+        rebound = linears(self.model.model) if refilled else self.adapters.modules_bound_anew()
+        self.placing.leave_empty(rebound)
 
     def start(self) -> None:
         """After it: fill the parameters from here on, in the background."""
@@ -1862,14 +2037,33 @@ class Binding:
     def fill(self, stages: tuple[Stage, ...], served_at: int) -> None:
         """Load stages into the model's parameters, as their bytes arrive; returns once the checksums are verified.
 
-        served_at: the stage that they will be served at first.
+        served_at: the stage that they will be served at first. Part by part: vLLM's loaders look up the parameters when
+        they begin, and a part that was packed has others.
         """
         try:
             with self.placing.copying:
-                self.missing -= self.model.load_weights(self.arriving(stages, served_at))
+                for part, weights in itertools.groupby(
+                    self.arriving(stages), key=lambda weight: self.part_of(weight[0])
+                ):
+                    self.placing.before(part)
+                    merged = ((name, self.adapters.arrive(name, tensor, served_at)) for name, tensor in weights)
+                    self.missing -= self.model.load_weights(merged)
+                    self.placing.after(part)
+                    if part in self.complete:  # the norm waits for the checksums
+                        self.complete[part].set()
             self.check_whole(stages[-1].number)
         finally:
             self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
+
+    def arriving(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of stages, for who holds `placing.copying`, which others can have while this waits for bytes."""
+        weights = self.source.weights(stages)
+        while True:
+            with let_go(self.placing.copying):
+                weight = next(weights, None)
+            if weight is None:
+                return
+            yield weight
 
     def check_whole(self, stage: int) -> None:
         """Raises ValueError, as vLLM's own loader does, for parameters of `stage` that have got no weights."""
@@ -1877,45 +2071,17 @@ class Binding:
         if missing := sorted(name for name in self.missing if forward_position(name) not in later):
             raise ValueError(f"the checkpoint has no weights for {', '.join(missing)}: does config.json fit it?")
 
-    def arriving(self, stages: tuple[Stage, ...], served_at: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights of stages for vLLM's load_weights(); each part is finished as soon as it has all of its own.
-
-        For who holds `placing.copying`, which others can have while this waits for bytes.
-        """
-        current: nn.Module | None = None
-        weights = self.source.weights(stages)
-        while True:
-            with let_go(self.placing.copying):
-                name, tensor = next(weights, (None, None))
-            part = self.part_of(name) if name else None
-            if part is not current:
-                if current:
-                    self.finish(current)
-                if part:
-                    self.placing.before(part)
-                current = part
-            if not name:
-                return
-            yield name, self.adapters.arrive(name, tensor, served_at)
-
     def part_of(self, name: str) -> nn.Module:
         """The part of the forward pass that a tensor belongs to: a layer, the embedding, or the norm after them."""
         inner, position = self.model.model, forward_position(name)
         outside = {BEFORE_LAYERS: inner.embed_tokens, AFTER_LAYERS: inner.norm}
         return outside[position] if position in outside else inner.layers[position]
 
-    def finish(self, part: nn.Module) -> None:
-        """All tensors of a part have been loaded: let the forward pass have it. The norm waits for the checksums."""
-        self.placing.after(part)
-        if part in self.complete:
-            self.complete[part].set()
-
     def activate(self, stage: int) -> None:
         """Make `stage` the one that is served: between two engine steps."""
         with torch.no_grad():
-            if not self.placing.fills_while_serving:
-                for later in self.plan.stages[self.stage : stage]:
-                    self.fill((later,), stage)
+            if not self.placing.fills_while_serving and self.stage < stage:
+                self.fill(self.plan.stages[self.stage : stage], stage)
             self.adapters.swap(stage)
         absent = self.plan.absent_layers(stage)
         if self.stage == 0 and not self.graph_is_fixed:
@@ -2219,10 +2385,18 @@ def closure_of(function) -> list:
 class Packed(Placing):
     """Without a fixed graph: the linear layers of a part are packed as soon as it has its tensors."""
 
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.packed: dict[nn.Module, PackedLinear] = {}  # what is packed more than once
+        self.head_weight = model.lm_head.weight
+        self.head_shape = model.lm_head.weight.shape
+        self.scratch: torch.Tensor | None = None  # where a layer's weights lie while they are packed
+        self.filled: set[nn.Module] = set()  # parts
+        self.again: list[PackedLinear] = []  # of the part that is being filled, those that were packed before
+
     def leave_empty(self, rebound: list[nn.Module]) -> None:
         """vLLM packs a weight after loading, and drops it. Here it does so when the weight has been loaded."""
         self.packed = {module: PackedLinear(module, is_captured=False) for module in rebound}
-        self.scratch: torch.Tensor | None = None  # where a layer's weights lie while they are packed
         for module in [*linears(self.model.model), self.model.model.embed_tokens, self.model.lm_head]:
             postpone_packing(module)
 
@@ -2236,34 +2410,63 @@ class Packed(Placing):
         return contextlib.nullcontext()
 
     def before(self, part: nn.Module) -> None:
+        """Requests may run while a part is filled again: a packed module does not look at its `weight`."""
+        if part is self.model.model.norm:
+            self.unpack_head()
+        elif part not in self.filled:
+            self.make_room([linear.weight for linear in linears(part)])
+        else:
+            self.again = [self.packed[module] for module in linears(part) if self.packed[module].is_packed()]
+            for linear in self.again:
+                linear.unpack()
+            self.make_room([linear.weight for linear in self.again])
+
+    def make_room(self, weights: list[nn.Parameter]) -> None:
         """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
-        weights = [linear.weight for linear in linears(part)]
         if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
             return
-        if self.scratch is None:
-            self.scratch = torch.empty(sum(weight.numel() for weight in weights), dtype=weights[0].dtype)
-        for weight, room in zip(weights, self.scratch.split([weight.numel() for weight in weights]), strict=True):
+        sizes = [weight.numel() for weight in weights]
+        if self.scratch is None or len(self.scratch) < sum(sizes):
+            self.scratch = torch.empty(sum(sizes), dtype=weights[0].dtype)
+        for weight, room in zip(weights, self.scratch[: sum(sizes)].split(sizes), strict=True):
             weight.data = room.view(weight.shape)
 
     def after(self, part: nn.Module) -> None:
-        for module in linears(part):
-            weight = module.weight
-            pack(module)
-            if module in self.packed:
-                self.packed[module].drop_unpacked()
-            if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
-                weight.data = weight.data.clone()
+        for module in linears(part) if part not in self.filled else ():
+            self.pack_first(module)
+        for linear in self.again:
+            linear.replace(linear.packed_beside())
+        self.again = []
         if part is self.model.model.norm:
             self.pack_head()
+        self.filled.add(part)
+
+    def pack_first(self, module: nn.Module) -> None:
+        weight = module.weight
+        pack(module)
+        if module in self.packed:
+            self.packed[module].drop_unpacked()
+        if module.weight is weight:  # vLLM knows no packed form on this processor, and uses it as it is
+            weight.data = weight.data.clone()
+
+    def unpack_head(self) -> None:
+        """Give lm_head the weight again that pack_head() has taken from it."""
+        self.model.lm_head.weight = self.head_weight
+        if not self.head_weight.numel():
+            self.head_weight.data = torch.empty(self.head_shape, dtype=self.head_weight.dtype)
 
     def pack_head(self) -> None:
         """Pack lm_head, and let go of the unpacked weight, which vLLM keeps, where nothing needs it."""
-        head, dtype = self.model.lm_head, self.model.logits_processor.head_dtype
+        head, embedding, dtype = (
+            self.model.lm_head,
+            self.model.model.embed_tokens,
+            self.model.logits_processor.head_dtype,
+        )
         pack(head)
-        is_packed = closure_of(head.cpu_linear) and head is not self.model.model.embed_tokens
-        if is_packed and dtype in (None, head.weight.dtype):
-            # a new parameter: that of tied embeddings is shared
+        if closure_of(head.cpu_linear) and head is not embedding and dtype in (None, head.weight.dtype):
             head.weight = nn.Parameter(torch.empty(0, dtype=head.weight.dtype), requires_grad=False)
+            if self.head_weight is not embedding.weight:  # that of tied embeddings is shared
+                self.head_weight.data = torch.empty(0, dtype=self.head_weight.dtype)
 
     def reload(self, module: nn.Module, load: Callable[[], None]) -> None:
         linear = self.packed[module]
@@ -2568,7 +2771,7 @@ def engine_options(launch: Launch, options: dict) -> dict:
         "model_loader_extra_config": asdict(launch.serving),
         "worker_extension_cls": f"{MODULE}.WorkerExtension",
         # Part of vLLM's compilation cache key: a graph with gates must not be mistaken for one without.
-        "additional_config": {"progressive_gates": launch.plan.absent_layers(1)},
+        "additional_config": {"progressive_gates": gated} if (gated := launch.plan.absent_layers(1)) else {},
     }
 
 

@@ -30,6 +30,7 @@ killed run leaves there is removed by the next run. One layer is in memory at a 
 import argparse
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -41,12 +42,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import zstandard
 from blake3 import blake3
 from safetensors import safe_open
 from tqdm import tqdm
@@ -54,15 +56,16 @@ from tqdm import tqdm
 # ---- constants --------------------------------------------------------------------------------------
 
 VERSION = "0.1.0"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"layers": 1, "planes": 2}  # of progressive.json, by kind of stages
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
-DEMO_MODEL, DEMO_CHECKPOINT = Path("demo/model"), Path("demo/checkpoint")
+DEMO_MODEL, DEMO_CHECKPOINT, DEMO_PLANES = Path("demo/model"), Path("demo/checkpoint"), Path("demo/planes")
 DEMO_CALIBRATION = DEMO_MODEL / "facts/calibration.txt"
 HUB_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1:validation"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 ALIGNMENT = 4096  # bytes; the block size that O_DIRECT asks for at most
+ERROR_SAMPLE = 8  # the error of planes is looked at in one chunk of so many
 CHUNK_BYTES = 1 << 20  # per read: what is hashed next is still in the core's L2 cache
 SEND_BYTES = 64 << 20  # per sendfile call
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -175,15 +178,19 @@ class Stage:
 class Checkpoint:
     """A Hugging Face folder of safetensors: read with pread, because the pages of a memory map count as resident."""
 
-    def __init__(self, folder: Path, name: str):
-        """Check every file before any work is done. Raises UsageError."""
+    def __init__(self, folder: Path, name: str, any_architecture: bool = False):
+        """Check every file before any work is done. Raises UsageError.
+
+        any_architecture: nothing is assumed of the model, as it has to be where layers will be left out.
+        """
         self.folder, self.name = folder, name
-        self.config = read_config(folder)
+        self.config = read_config(folder, any_architecture)
         self.weight_files = list_weight_files(folder)
         self.tensors: dict[str, Tensor] = {}
         for path in self.weight_files:
             self.tensors |= read_header(path)
-        check_tensors(self)
+        if not any_architecture:
+            check_tensors(self)
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The tensor's bytes [start, stop), in order; a chunk is valid until the next one is asked for."""
@@ -321,16 +328,16 @@ def write_all(file, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-def read_config(folder: Path) -> dict:
-    """config.json of a LLaMA-family checkpoint. Raises UsageError for any other."""
+def read_config(folder: Path, any_architecture: bool) -> dict:
+    """config.json of a checkpoint, of the LLaMA family unless any_architecture. Raises UsageError for another."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    if architecture not in SUPPORTED_ARCHITECTURES and not any_architecture:
         raise UsageError(
             f"architecture {architecture} in {folder / 'config.json'} is not supported:\n"
-            f"choose a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}"
+            f"choose a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}, or --planes, which take any"
         )
     if not isinstance(config.get("num_hidden_layers"), int):
         raise UsageError(f"{folder / 'config.json'} names no num_hidden_layers: download the checkpoint again")
@@ -433,12 +440,12 @@ def open_source(args: argparse.Namespace) -> Source:
         return SyntheticModel(args.synthetic, args.seed)
     folder = Path(args.model)
     if folder.is_dir():
-        return Checkpoint(folder, folder.resolve().name)
+        return Checkpoint(folder, folder.resolve().name, bool(args.planes))
     if folder == DEMO_MODEL:
         raise UsageError(f"no demo model in {folder}: run demo/train_demo_llama.py first, or name a MODEL")
     if not is_hub_id(args.model):
         raise UsageError(f"no such folder: {args.model} (MODEL is a checkpoint folder or a Hub id ORG/NAME)")
-    return Checkpoint(download(args.model), args.model)
+    return Checkpoint(download(args.model), args.model, bool(args.planes))
 
 
 def download(hub_id: str) -> Path:
@@ -506,7 +513,7 @@ def sample_tokens(source: Source, calibration: str, samples: int, seq_len: int) 
         raise UsageError(f"no such file: {calibration} (--calibration is a text file or ORG/NAME[:CONFIG[:SPLIT]])")
     tokenizer, groups = source.load_tokenizer(), {}
     documents = (tokenizer(text.strip(), verbose=False)["input_ids"] for text in read_documents(calibration))
-    for tokens in islice((tokens for tokens in documents if len(tokens) >= MIN_DOCUMENT_TOKENS), samples):
+    for tokens in itertools.islice((tokens for tokens in documents if len(tokens) >= MIN_DOCUMENT_TOKENS), samples):
         groups.setdefault(min(len(tokens), seq_len), []).append(tokens[:seq_len])
     if not groups:
         raise UsageError(
@@ -758,6 +765,127 @@ def print_plan(source: Source, pruning: Pruning, stages: list[Stage]) -> None:
         print(f"  {stage:<{wide[0]}}  {layers:<{wide[1]}}  {nbytes:>{wide[2]}}  {share:>{wide[3]}}")
 
 
+# ---- planes: a matrix as stages of precision --------------------------------------------------------
+
+CHUNK_WEIGHTS = 1 << 18  # that are coded together: what belongs to them stays in a core's cache
+FLOATS = {"BF16": ("<u2", 7), "F16": ("<u2", 10), "F32": ("<u4", 23)}  # bit patterns, mantissa bits
+SYMBOL_MANTISSA = 3  # mantissa bits in a symbol, at most: sign (1 bit), exponent code (4), mantissa (3)
+ESCAPE = 15  # the exponent code of a weight that is stored as it is
+RECORD = ".planes"  # ends the name of a tensor of bytes that is a record, see read_record
+
+
+def list_fields(known: list[int]) -> list[list[tuple[int, int]]]:
+    """By stage, the fields that hold the mantissa bits which no symbol has: (bits of the field, bits above it)."""
+    fields, above = [], min(known[0], SYMBOL_MANTISSA)
+    for last in known:
+        fields.append([])
+        while above < last:
+            bits = next(bits for bits in (8, 4, 2, 1) if bits <= last - above)  # a byte holds whole fields
+            fields[-1].append((bits, above))
+            above += bits
+    return fields
+
+
+def read_record(record) -> tuple[dict, list[list[memoryview]]]:
+    """Head and chunks (each a list of parts) of a record, whose first line is JSON. Raises ValueError."""
+    end = bytes(record[: 1 << 24]).index(b"\n") + 1
+    head, parts = json.loads(bytes(record[:end])), []
+    sizes = head["sizes"]
+    if min(map(min, sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
+        raise ValueError("the parts do not add up to the record")
+    for row in sizes:
+        parts.append([])
+        for size in row:
+            parts[-1].append(record[end : end + size])
+            end += size
+    return head, parts
+
+
+def inflate(part, size: int) -> "np.ndarray":
+    """`size` bytes, stored as they are or by zstd, whichever was smaller."""
+    if len(part) != size:
+        if zstandard.frame_content_size(part) != size:
+            raise ValueError(f"a part does not hold {size} bytes")
+        part = zstandard.ZstdDecompressor().decompress(part)
+    return np.frombuffer(part, np.uint8)
+
+
+def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: list[int]) -> None:
+    """Fill `out` [weights] with bit patterns. known: how many mantissa bits are after each stage.
+
+    The missing bits stand at their middle, which is as good as rounding to nearest.
+    """
+    count, signed = len(out), out.view(out.dtype.str.replace("u", "i"))
+    shift, middle = mantissa - SYMBOL_MANTISSA, (1 << mantissa - known[-1]) >> 1
+    symbols = inflate(parts[0], count).view(np.int8)
+    np.multiply(symbols, signed.dtype.type(1 << shift), out=signed, dtype=signed.dtype)
+    out &= out.dtype.type(1 << out.itemsize * 8 - 1 | 127 << shift)
+    out += out.dtype.type((base << mantissa) + middle)
+    for (bits, above), part in zip(itertools.chain(*list_fields(known)), parts[2:], strict=True):
+        packed = inflate(part, -(-count * bits // 8)).astype(out.dtype)
+        low = mantissa - above - bits  # place of the field's lowest bit
+        for row in range(8 // bits):
+            place = out[row * len(packed) : (row + 1) * len(packed)]
+            moved = packed << low - bits * row if low > bits * row else packed >> bits * row - low
+            place |= moved[: len(place)] & ((1 << bits) - 1 << low)
+    places = np.frombuffer(parts[1], "<u4", len(parts[1]) // (4 + out.itemsize))
+    if len(places) and places.max() >= count:
+        raise ValueError("an escape lies outside of its chunk")
+    out[places] = np.frombuffer(parts[1], out.dtype, offset=4 * len(places))
+
+
+def join_planes(records: list) -> "tuple[str, np.ndarray]":
+    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones."""
+    heads, chunks = zip(*map(read_record, records), strict=True)
+    (dtype, mantissa), known = FLOATS[heads[0]["dtype"]], [head["known"] for head in heads]
+    count = math.prod(heads[0]["shape"])
+    if len({(head["dtype"], *head["shape"]) for head in heads}) > 1 or len(chunks[0]) != -(-count // CHUNK_WEIGHTS):
+        raise ValueError("the records are not of one matrix, or of another shape")
+    out = np.empty(count, dtype)
+    for begin, base, *parts in zip(range(0, len(out), CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True):
+        join_chunk(out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+    return heads[0]["dtype"], out.reshape(heads[0]["shape"])
+
+
+def deflate(part: np.ndarray) -> bytes:
+    raw = part.tobytes()
+    packed = zstandard.ZstdCompressor(level=1).compress(raw)
+    return packed if len(packed) < len(raw) else raw
+
+
+def pack_field(field: np.ndarray, bits: int) -> np.ndarray:
+    """Planar: the first bits of all bytes belong to the first weights, and so on."""
+    rows = np.zeros((8 // bits, -(-len(field) * bits // 8)), np.uint8)
+    rows.reshape(-1)[: len(field)] = field
+    return np.bitwise_or.reduce(rows << np.arange(0, 8, bits, dtype=np.uint8)[:, None], axis=0)
+
+
+def split_chunk(weights: np.ndarray, mantissa: int, known: list[int]) -> tuple[int, list[list[bytes]]]:
+    """Base exponent of a chunk, and its parts by stage.
+
+    weights: bit patterns, [weights]. known: how many mantissa bits are after each stage.
+    """
+    width = weights.itemsize * 8
+    exponents = weights << 1 >> mantissa + 1
+    counts = np.bincount(exponents, minlength=1 << width - 1 - mantissa)[1:-1]  # neither 0 nor NaN and infinity
+    base = 1 + int(np.argmax(np.convolve(counts, np.ones(ESCAPE, int), "valid")))
+    codes = exponents - weights.dtype.type(base)  # wraps for what is smaller
+    escaped = np.flatnonzero(codes >= ESCAPE)
+    unknown = max(0, SYMBOL_MANTISSA - known[0])
+    top = weights >> mantissa - SYMBOL_MANTISSA & (7 >> unknown << unknown)
+    symbols = (weights >> width - 1 << 7 | codes << SYMBOL_MANTISSA | top).astype(np.uint8)
+    symbols[escaped] = ESCAPE << SYMBOL_MANTISSA
+    escapes = escaped.astype("<u4").tobytes() + weights[escaped].tobytes()
+    parts = []
+    for fields in list_fields(known):
+        parts.append([])
+        for bits, above in fields:
+            field = (weights >> mantissa - above - bits & (1 << bits) - 1).astype(np.uint8)
+            field[escaped] = 0
+            parts[-1].append(deflate(pack_field(field, bits)))
+    return base, [[deflate(symbols), escapes, *parts[0]], *parts[1:]]
+
+
 # ---- writing ----------------------------------------------------------------------------------------
 
 
@@ -812,6 +940,254 @@ def write_stages(source: Source, stages: list[Stage], folder: Path) -> list[dict
     return rows
 
 
+@dataclass
+class PlaneStage:
+    """What a stage of planes has come to."""
+
+    number: int
+    bits: int | str  # mantissa bits that it adds, or "rest"
+    nbytes: int = 0
+    squares: float = 0.0  # of the errors that are left, over the chunks that were looked at
+    file: BinaryIO | None = None
+    header: dict = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+
+    def append(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        self.header[name] = dict(dtype=dtype, shape=shape, data_offsets=[self.nbytes, self.nbytes + len(data)])
+        self.nbytes += len(data)
+        if self.file:
+            write_all(self.file, data)
+
+
+@dataclass
+class Planes:
+    """What coding has come to, in all stages."""
+
+    stages: list[PlaneStage]
+    weights: int = 0  # in matrices that are coded
+    coded_bytes: int = 0  # that code them, in all stages
+    escapes: int = 0
+    plain_bytes: int = 0  # of tensors that are stored as they are
+    squares: float = 0.0  # of the weights, over the chunks that were looked at
+
+
+def parse_planes(text: str) -> list[int | str]:
+    """Mantissa bits that each stage adds, of "1,2,rest". Raises UsageError."""
+    *bits, last = text.split(",")
+    if last != "rest" or not all(part.isdecimal() and int(part) for part in bits) or not bits:
+        raise UsageError(f"--planes {text}: give the bits that stages add, and rest at the end, such as 1,2,rest")
+    return [*map(int, bits), last]
+
+
+def known_bits(bits: list[int | str], mantissa: int) -> list[int]:
+    """How many mantissa bits are known after each stage."""
+    return [min(mantissa, known) for known in itertools.accumulate(bits[:-1])] + [mantissa]
+
+
+def floats_of(patterns: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers that bit patterns stand for, in float32; 0 for NaN and infinity."""
+    if dtype == "BF16":
+        patterns = patterns.astype("<u4") << 16
+    return np.nan_to_num(patterns.view("<f2" if dtype == "F16" else "<f4").astype("<f4"), posinf=0, neginf=0)
+
+
+def code_chunk(weights: np.ndarray, dtype: str, known: list[int], is_looked_at: bool):
+    """split_chunk(), and the sums of squares of the weights and of each stage's errors."""
+    mantissa = FLOATS[dtype][1]
+    base, parts = split_chunk(weights, mantissa, known)
+    squares = []
+    if is_looked_at:
+        exact, approximate = floats_of(weights, dtype), np.empty_like(weights)
+        squares.append(float(np.vdot(exact, exact)))
+        for stage in range(1, len(known) + 1):
+            join_chunk(approximate, base, [*itertools.chain(*parts[:stage])], mantissa, known[:stage])
+            error = floats_of(approximate, dtype) - exact
+            squares.append(float(np.vdot(error, error)))
+    return base, parts, squares
+
+
+def code_matrix(weights: np.ndarray, tensor: Tensor, known: list[int], pool: ThreadPoolExecutor):
+    """The records of a matrix, by stage; escapes; sums of squares. weights: bit patterns, [weights]."""
+    begins = range(0, len(weights), CHUNK_WEIGHTS)
+    bases, parts, squares = zip(
+        *pool.map(
+            lambda begin: code_chunk(
+                weights[begin : begin + CHUNK_WEIGHTS], tensor.dtype, known, begin // CHUNK_WEIGHTS % ERROR_SAMPLE == 0
+            ),
+            begins,
+        ),
+        strict=True,
+    )
+    records = []
+    for stage, bits in enumerate(known):
+        sizes = [[len(part) for part in chunk[stage]] for chunk in parts]
+        head = dict(dtype=tensor.dtype, shape=tensor.shape, known=bits, sizes=sizes)
+        head |= {} if stage else {"bases": bases}
+        data = itertools.chain.from_iterable(chunk[stage] for chunk in parts)
+        records.append(json.dumps(head, separators=(",", ":")).encode() + b"\n" + b"".join(data))
+    escapes = sum(len(chunk[0][1]) for chunk in parts) // (4 + weights.itemsize)
+    return records, escapes, np.sum([row for row in squares if row], axis=0)
+
+
+def code_planes(source: Source, bits: list[int | str], folder: Path | None) -> Planes:
+    """Code every matrix, one at a time; the files of the stages are written where a folder is given, but no headers.
+
+    Errors are looked at in one chunk of ERROR_SAMPLE.
+    """
+    planes = Planes([PlaneStage(number, added) for number, added in enumerate(bits, 1)])
+    names, room = sorted(source.tensors, key=forward_position), header_room(source)
+    for stage in planes.stages if folder else ():
+        stage.file = (folder / f"model-stage{stage.number}.safetensors").open("xb", buffering=0)
+        stage.file.seek(room)
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="coding") as progress, ThreadPoolExecutor() as pool:
+        for name in names:
+            tensor = source.tensors[name]
+            data = load_bytes(source, name)
+            records = []
+            if len(tensor.shape) > 1 and tensor.dtype in FLOATS and len(data):
+                weights = data.view(FLOATS[tensor.dtype][0])
+                known = known_bits(bits, FLOATS[tensor.dtype][1])
+                records, escapes, squares = code_matrix(weights, tensor, known, pool)
+            if records and sum(map(len, records)) < tensor.nbytes:
+                for stage, record, error in zip(planes.stages, records, squares[1:], strict=True):
+                    stage.append(name + RECORD, "U8", (len(record),), record)
+                    stage.squares += error
+                planes.weights += len(weights)
+                planes.coded_bytes += sum(map(len, records))
+                planes.escapes += escapes
+                planes.squares += squares[0]
+            else:
+                planes.stages[0].append(name, tensor.dtype, tensor.shape, data)
+                planes.plain_bytes += tensor.nbytes
+            progress.update(tensor.nbytes)
+    return planes
+
+
+def header_room(source: Source) -> int:
+    """Bytes, a multiple of ALIGNMENT, that the header of any stage fits in, whatever its sizes will be."""
+    digits = [10**15, 10**15]
+    rows = {
+        name + RECORD: dict(dtype="F8_E4M3", shape=t.shape, data_offsets=digits) for name, t in source.tensors.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **rows})
+    return -(-(8 + len(text.encode())) // ALIGNMENT) * ALIGNMENT
+
+
+def finish_planes(planes: Planes, room: int) -> list[dict]:
+    """Write the headers; return the manifest rows."""
+    rows = []
+    for stage in planes.stages:
+        text = json.dumps(stage.header, separators=(",", ":")).encode()
+        stage.file.seek(0)
+        write_all(stage.file, (room - 8).to_bytes(8, "little") + text.ljust(room - 8))
+        stage.file.close()
+        path = Path(stage.file.name)
+        with safe_open(path, framework="numpy") as written:
+            assert set(written.keys()) == set(stage.header) - {"__metadata__"}, (
+                f"{path} does not open as it was written"
+            )
+        checksum = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        file = dict(name=path.name, bytes=path.stat().st_size, blake3=checksum)
+        rows.append(dict(stage=stage.number, kind="planes", bits=stage.bits, bytes=file["bytes"], files=[file]))
+    return rows
+
+
+def print_planes(source: Source, planes: Planes) -> None:
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    shares = list(itertools.accumulate(stage.nbytes / total for stage in planes.stages))
+    rows = [("stage", "adds bits", "bytes", "bits/weight", "share so far", "error of the weights")]
+    for stage, share in zip(planes.stages, shares, strict=True):
+        bits = 8 * (stage.nbytes - (planes.plain_bytes if stage.number == 1 else 0)) / max(1, planes.weights)
+        error = math.sqrt(stage.squares / planes.squares) if planes.squares else 0.0
+        rows.append(
+            (str(stage.number), str(stage.bits), f"{stage.nbytes:,}", f"{bits:.2f}", f"{share:.1%}", f"{error:.4f}")
+        )
+    wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print(f"\n{source.name}: {planes.escapes / max(1, planes.weights):.3%} of the weights are escapes")
+    for row in rows:
+        print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, wide, strict=True)))
+
+
+def describe_files(source: Source) -> dict[str, dict]:
+    """What restoring the source's files of weights takes: their headers, and their checksums."""
+    if isinstance(source, SyntheticModel):
+        names = sorted(source.tensors, key=forward_position)
+        header = build_header(source, names)
+        digest = blake3(header)
+        for name in names:
+            hash_tensor(digest, source, name)
+        size = len(header) + sum(tensor.nbytes for tensor in source.tensors.values())
+        return {"model.safetensors": dict(bytes=size, blake3=digest.hexdigest(), header=header[8:].decode())}
+    files = {}
+    for path in source.weight_files:
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little")).decode()
+        checksum = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        files[path.name] = dict(bytes=path.stat().st_size, blake3=checksum, header=header)
+    return files
+
+
+def restore(checkpoint: Path, folder: Path) -> None:
+    """Write the source of a checkpoint of planes again, every file of weights bit for bit. Raises UsageError."""
+    manifest = read_json(checkpoint / "progressive.json")
+    try:
+        kinds = {stage["kind"] for stage in manifest["stages"]}
+        paths = [[checkpoint / file["name"] for file in stage["files"]] for stage in manifest["stages"]]
+        files = manifest["source"]["files"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{checkpoint / 'progressive.json'} is malformed ({error!r}): copy the checkpoint again"
+        ) from error
+    if kinds != {"planes"}:
+        raise UsageError(f"{checkpoint} has stages of {', '.join(kinds)}: transformers and vLLM load it as it is")
+    stages = [{name: row for path in stage for name, row in read_header(path).items()} for stage in paths]
+    with tqdm(
+        total=sum(row["bytes"] for row in files.values()), unit="B", unit_scale=True, desc="restoring"
+    ) as progress:
+        for file_name, row in files.items():
+            restore_file(folder / file_name, row, stages, progress)
+    names = {path.name for stage in paths for path in stage} | {"progressive.json"}
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.suffix in SIDE_FILE_SUFFIXES and path.name not in names:
+            shutil.copyfile(path, folder / path.name)
+    if len(files) > 1:
+        weight_map = {
+            name: file for file, row in files.items() for name in json.loads(row["header"]) if name[:2] != "__"
+        }
+        total = sum(row["bytes"] - 8 - len(row["header"].encode()) for row in files.values())
+        index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def restore_file(path: Path, row: dict, stages: list[dict[str, Tensor]], progress: tqdm) -> None:
+    """Write one file of weights again. Raises UsageError for stages that do not give it back."""
+    header = row["header"].encode()
+    start = len(header).to_bytes(8, "little") + header
+    digest = blake3(start)
+    tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    with path.open("xb", buffering=0) as file:
+        write_all(file, start)
+        for name in sorted(tensors, key=lambda name: tensors[name]["data_offsets"]):
+            records = [read_tensor(stage[name + RECORD]) for stage in stages if name + RECORD in stage]
+            try:
+                data = join_planes(records)[1].tobytes() if records else read_tensor(stages[0][name])
+            except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
+                raise UsageError(f"the planes of {name} are damaged ({error}): copy the checkpoint again") from error
+            write_all(file, data)
+            digest.update(data)
+            progress.update(len(data))
+    if digest.hexdigest() != row["blake3"]:
+        raise UsageError(
+            f"{path.name} is not what it was made from: a stage file is damaged; copy the checkpoint again"
+        )
+
+
+def read_tensor(tensor: Tensor) -> memoryview:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        return memoryview(file.read(tensor.nbytes))
+
+
 def draw_heat_map(pruning: Pruning, path: Path) -> None:
     """Angular distance over first layer l and block size n, as figure 4 of arXiv 2403.17887."""
     import matplotlib
@@ -855,25 +1231,27 @@ def write_pruning(source: Source, pruning: Pruning, folder: Path) -> None:
     (folder / "mergekit.yaml").write_text("\n".join(lines) + "\n")
 
 
-def write_manifest(source: Source, pruning: Pruning, rows: list[dict], folder: Path) -> None:
+def manifest_of(pruning: Pruning) -> dict:
+    return dict(
+        method=pruning.method,
+        block=[pruning.first, pruning.last],
+        num_layers=pruning.last - pruning.first + 1,
+        angular_distance=pruning.angular_distance,
+        calibration=pruning.calibration,
+    )
+
+
+def write_manifest(source: Source, rows: list[dict], files: dict[str, dict], folder: Path, **details: dict) -> None:
+    """progressive.json. files: the source's files of weights; details: what belongs to a kind of stages."""
     manifest = dict(
-        format_version=FORMAT_VERSION,
+        format_version=FORMAT_VERSIONS[rows[0]["kind"]],
         architecture=source.config["architectures"][0],
         num_layers=source.config["num_hidden_layers"],
-        dtype=DTYPES[weight_dtype(source)],
+        dtype=DTYPES.get(weight_dtype(source), weight_dtype(source)),
         num_stages=len(rows),
         stages=rows,
-        pruning=dict(
-            method=pruning.method,
-            block=[pruning.first, pruning.last],
-            num_layers=pruning.last - pruning.first + 1,
-            angular_distance=pruning.angular_distance,
-            calibration=pruning.calibration,
-        ),
-        source=dict(
-            name=source.name,
-            files={path.name: dict(bytes=path.stat().st_size) for path in source.weight_files},
-        ),
+        **details,
+        source=dict(name=source.name, files=files),
         tool=dict(
             name=Path(__file__).name,
             version=VERSION,
@@ -938,9 +1316,9 @@ def whole_or_nothing(out: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def check_space(stages: list[Stage], folder: Path, out: Path) -> None:
-    """Raises UsageError where the disk cannot hold the stages."""
-    needed, free = sum(stage.nbytes for stage in stages), shutil.disk_usage(folder).free
+def check_space(needed: int, folder: Path, out: Path) -> None:
+    """Raises UsageError where the disk cannot hold so many bytes."""
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(
             f"{out} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free:\n"
@@ -971,7 +1349,14 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("the block of layers that stage 1 leaves out").add_argument
     add("--prune", type=positive_int, metavar="N", help="its size (default: a quarter of the layers)")
     add("--layers", metavar="A-B", help="by hand, from 0 (the paper counts from 1)")
-    add("--stages", type=int, metavar="K", default=3, help="stages 2..K bring it back (default: %(default)s)")
+    add("--stages", type=int, metavar="K", help="stages 2..K bring it back (default: 3)")
+
+    add = parser.add_argument_group("stages of precision, in place of layers").add_argument
+    add(
+        "--planes", metavar="BITS", nargs="?", const="1,2,rest",
+        help="mantissa bits that each stage adds; of any model (default: %(const)s)",
+    )  # fmt: skip
+    add("--restore", action="store_true", help="MODEL is a checkpoint of planes: write in OUT what it was made from")
 
     add = parser.add_argument_group("scoring").add_argument
     add("--calibration", metavar="TEXT", help="FILE or DATASET, see below")
@@ -990,36 +1375,70 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prune and args.layers:
         parser.error(f"--prune {args.prune} and --layers {args.layers} both name the block: give one of them")
+    layers_only = ("prune", "layers", "stages", "calibration")
+    if args.planes and (given := [name for name in layers_only if getattr(args, name) is not None]):
+        parser.error(f"--planes {args.planes} leaves out no layers, so it goes without --{given[0]}")
+    args.stages = 3 if args.stages is None else args.stages
+    if args.restore and (args.planes or args.synthetic or not args.out):
+        parser.error("--restore takes a checkpoint of planes and the folder to write: --restore CKPT OUT")
     if args.synthetic and args.out:
         parser.error(f"--synthetic takes the place of MODEL: give OUT only, not {args.model} {args.out}")
     if args.synthetic:
         args.model, args.out = None, args.model or f"{args.synthetic}-progressive"
     elif args.model is None:
-        args.model, args.out, args.force = str(DEMO_MODEL), str(DEMO_CHECKPOINT), True
+        args.model, args.force = str(DEMO_MODEL), True
+        args.out = str(DEMO_PLANES if args.planes else DEMO_CHECKPOINT)
     args.out = args.out or f"{Path(args.model).resolve().name}-progressive"
     return args
+
+
+def split_layers(source: Source, out: Path, args: argparse.Namespace) -> None:
+    """Stages of layers."""
+    with nullcontext() if args.plan_only else whole_or_nothing(out, args.force) as folder:
+        pruning = choose_block(source, args)
+        stages = plan_stages(source, pruning, args.stages, args.max_file_gib * 2**30)
+        print_plan(source, pruning, stages)
+        if args.plan_only:
+            return
+        check_space(sum(stage.nbytes for stage in stages), folder, out)
+        source.copy_side_files(folder)
+        rows = write_stages(source, stages, folder)
+        write_pruning(source, pruning, folder / "pruning")
+        files = {path.name: dict(bytes=path.stat().st_size) for path in source.weight_files}
+        write_manifest(source, rows, files, folder, pruning=manifest_of(pruning))
+
+
+def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
+    """Stages of precision."""
+    bits = parse_planes(args.planes)
+    if args.plan_only:
+        print_planes(source, code_planes(source, bits, None))
+        return
+    with whole_or_nothing(out, args.force) as folder:
+        check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
+        source.copy_side_files(folder)
+        planes = code_planes(source, bits, folder)
+        print_planes(source, planes)
+        rows = finish_planes(planes, header_room(source))
+        write_manifest(source, rows, describe_files(source), folder)
 
 
 def main() -> int:
     args = parse_args()
     out = Path(os.path.realpath(args.out))
     try:
-        source = open_source(args)
-        with nullcontext() if args.plan_only else whole_or_nothing(out, args.force) as folder:
-            pruning = choose_block(source, args)
-            stages = plan_stages(source, pruning, args.stages, args.max_file_gib * 2**30)
-            print_plan(source, pruning, stages)
-            if args.plan_only:
-                return 0
-            check_space(stages, folder, out)
-            source.copy_side_files(folder)
-            rows = write_stages(source, stages, folder)
-            write_pruning(source, pruning, folder / "pruning")
-            write_manifest(source, pruning, rows, folder)
+        if args.restore:
+            with whole_or_nothing(out, args.force) as folder:
+                restore(Path(args.model), folder)
+        elif args.planes:
+            split_planes(open_source(args), out, args)
+        else:
+            split_layers(open_source(args), out, args)
     except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
-    print(f"\nwrote {out}")
+    if not args.plan_only:
+        print(f"\nwrote {out}")
     return 0
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPLIT = ROOT / "prune_and_split.py"
 SERVER = ROOT / "progressive_serve.py"
 BENCH = ROOT / "bench_coldstart.py"
+PROBE = ROOT / "tests" / "engine_probe.py"
 sys.path.insert(0, str(ROOT))
 
 

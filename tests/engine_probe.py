@@ -4,6 +4,8 @@
     python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
     python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
     python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
+    python engine_probe.py brief CKPT SOURCE DTYPE OUT.json     # 1 -> 2 -> 3, stock on SOURCE
+    python engine_probe.py held CKPT MODEL... OUT.json     # each stage held, stock on the MODEL that it should be
 
 An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
 """
@@ -194,6 +196,32 @@ def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
     return found
 
 
+def probe_brief(checkpoint: str, source: str, dtype: str, prompts: list[str]) -> dict:
+    """1 -> 2 -> 3, and stock on what the checkpoint was made from."""
+    options = {**ENGINE, "dtype": dtype, "enforce_eager": True}
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    found = {"stage1": ask(llm, prompts)}
+    for stage in (2, 3):
+        llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+    close(llm)
+    return found | {"stock": ask(LLM(source, **options), prompts)}
+
+
+def probe_held(checkpoint: str, *models: str) -> dict:
+    """The first stages, each held; and stock on models that are said to be the same."""
+    *models, prompts = models
+    options, found = {**ENGINE, "enforce_eager": True}, {"held": [], "stock": []}
+    for stage, model in enumerate(models, 1):
+        llm = progressive_serve.load_llm(checkpoint, hold_stage=stage, **options)
+        found["held"].append(ask(llm, prompts))
+        close(llm)
+        llm = LLM(model, **options)
+        found["stock"].append(ask(llm, prompts))
+        close(llm)
+    return found
+
+
 def compilations() -> dict[str, int]:
     """Everything that torch counts when it traces or compiles."""
     return {
@@ -246,10 +274,9 @@ def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
 
 
 def main() -> None:
-    what, checkpoint, *dtype, prompts, out = sys.argv[1:]
+    what, checkpoint, *details, prompts, out = sys.argv[1:]
     prompts = json.loads(Path(prompts).read_text())
-    probe = {"stages": probe_stages, "compiled": probe_compiled, "failing": probe_failing, "apart": probe_apart}[what]
-    found = probe(checkpoint, *dtype, prompts)
+    found = globals()[f"probe_{what}"](checkpoint, *details, prompts)
     Path(out).write_text(json.dumps(found))
 
 

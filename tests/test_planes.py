@@ -1,0 +1,307 @@
+"""Stages of precision: the arithmetic, what prune_and_split.py makes of it, and what the server makes of that."""
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROBE, SERVER, SPLIT, flip_last_byte, make_llama, run_script
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+import prune_and_split
+
+# ---- split and join ---------------------------------------------------------------------------------
+
+MANTISSAS = {"BF16": 7, "F16": 10, "F32": 23}
+SHARED = ("list_fields", "read_record", "inflate", "join_chunk", "join_planes")
+
+
+def patterns(kind: str, dtype: str) -> np.ndarray:
+    """Bit patterns of a matrix of one row."""
+    unsigned, generator = np.dtype(prune_and_split.FLOATS[dtype][0]), np.random.default_rng(0)
+    every = np.arange(1 << 16, dtype="<u4") << (16 if unsigned.itemsize == 4 else 0)
+    normal = (generator.standard_normal(300_001, dtype="<f4") * np.float32(0.02)).view("<u4")
+    return {
+        "every pattern": generator.permutation(every),
+        "like trained weights": normal >> (16 if dtype == "BF16" else 0),
+        "any": generator.integers(0, 1 << 8 * unsigned.itemsize, 300_001, dtype="<u8"),
+        "all zero": np.zeros(4097, "<u4"),
+        "all equal": np.full(4097, 0x3F80, "<u4"),
+        "subnormal": np.arange(1, 1 << 7, dtype="<u4"),
+        "one": np.ones(1, "<u4"),
+        "none": np.zeros(0, "<u4"),
+    }[kind].astype(unsigned)
+
+
+def records_of(weights: np.ndarray, dtype: str, bits: list) -> list[memoryview]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    tensor = prune_and_split.Tensor(dtype, (1, len(weights)), weights.nbytes)
+    known = prune_and_split.known_bits(bits, MANTISSAS[dtype])
+    with ThreadPoolExecutor(1) as pool:
+        return list(map(memoryview, prune_and_split.code_matrix(weights, tensor, known, pool)[0]))
+
+
+@pytest.mark.parametrize("bits", [[1, 2, "rest"], [3, "rest"], [5, "rest"], [1, 1, 1, 1, 1, 1, "rest"]], ids=str)
+@pytest.mark.parametrize("dtype", MANTISSAS)
+@pytest.mark.parametrize(
+    "kind", ["every pattern", "like trained weights", "any", "all zero", "all equal", "subnormal", "one"]
+)
+def test_all_planes_are_the_weights(kind, dtype, bits):
+    weights = patterns(kind, dtype)
+    records = records_of(weights, dtype, bits)
+    assert len(records) == len(bits)
+    found, joined = prune_and_split.join_planes(records)
+    assert found == dtype and joined.shape == (1, len(weights))
+    assert np.array_equal(joined[0], weights)
+
+
+@pytest.mark.parametrize("dtype", MANTISSAS)
+def test_missing_bits_stand_at_their_middle(dtype):
+    """Half a step off at most; and what has another exponent than most, NaN and infinity among them, is exact."""
+    weights = patterns("every pattern", dtype)
+    records = records_of(weights, dtype, [1, 2, "rest"])
+    exact = prune_and_split.floats_of(weights, dtype).astype(float)
+    last = None
+    for stage, known in ((1, 1), (2, 3)):
+        approximate = prune_and_split.floats_of(prune_and_split.join_planes(records[:stage])[1][0], dtype).astype(float)
+        error = np.abs(approximate - exact)
+        assert (error <= np.abs(exact) * 2.0 ** -(known + 1) * (1 + 1e-6)).all()
+        assert error.any() and (last is None or error.sum() < last)
+        last = error.sum()
+
+
+DAMAGES = {
+    "cut short": lambda record: record[:-1],
+    "no head": lambda record: record[record.index(b"\n") + 1 :],
+    "sizes that lie": lambda record: record.replace(b'"sizes":[[', b'"sizes":[[1', 1),
+    "another shape": lambda record: record.replace(b'"shape":[1,300001]', b'"shape":[1,999999]'),
+    "a bomb": lambda record: record.replace(b'"shape":[1,300001]', b'"shape":[9,300001999999]'),
+    "a dtype that is none": lambda record: record.replace(b'"BF16"', b'"BF99"'),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_record(case):
+    first, *others = records_of(patterns("like trained weights", "BF16"), "BF16", [1, 2, "rest"])
+    damaged = DAMAGES[case](bytes(first))
+    assert damaged != bytes(first)
+    with pytest.raises((ValueError, KeyError)):
+        prune_and_split.join_planes([memoryview(damaged), *others])
+
+
+def test_escape_outside_of_its_chunk():
+    weights = patterns("any", "BF16")[:100]
+    (record, *_) = records_of(weights, "BF16", [1, "rest"])
+    head, ((_, escapes, *_),) = prune_and_split.read_record(record)
+    raw = bytes(record).replace(bytes(escapes[:4]), (100).to_bytes(4, "little"), 1)
+    with pytest.raises(ValueError, match="outside of its chunk"):
+        prune_and_split.join_planes([memoryview(raw)])
+
+
+def test_both_scripts_join_alike():
+    """The server has the same functions, byte for byte."""
+    import progressive_serve
+
+    for name in SHARED:
+        assert inspect.getsource(getattr(progressive_serve, name)) == inspect.getsource(getattr(prune_and_split, name))
+    for name in ("CHUNK_WEIGHTS", "FLOATS", "SYMBOL_MANTISSA", "ESCAPE", "RECORD"):
+        assert getattr(progressive_serve, name) == getattr(prune_and_split, name)
+
+
+# ---- prune_and_split.py -----------------------------------------------------------------------------
+
+MODELS = {
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "float16": dict(dtype=torch.float16),
+    "float32, tied": dict(dtype=torch.float32, tie_word_embeddings=True),
+    "sharded": dict(dtype=torch.bfloat16, shard_size="200KB"),
+}
+
+
+def split(model: Path, out: Path, *options) -> subprocess.CompletedProcess:
+    done = run_script(SPLIT, model, out, "--planes", *options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_restored_is_the_source(case, tmp_path):
+    model = make_llama(tmp_path / "model", **MODELS[case])
+    done = split(model, tmp_path / "planes")
+    assert "escapes" in done.stdout and "share so far" in done.stdout
+    done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
+    assert done.returncode == 0, done.stderr
+    weights = sorted(path.name for path in model.glob("*.safetensors"))
+    assert weights and weights == sorted(path.name for path in (tmp_path / "restored").glob("*.safetensors"))
+    for name in (*weights, "config.json", "tokenizer.json"):
+        assert (model / name).read_bytes() == (tmp_path / "restored" / name).read_bytes(), name
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "restored").config.num_hidden_layers == 4
+
+
+def test_restored_synthetic_model_is_what_the_manifest_says(tmp_path, monkeypatch):
+    shape = dict(prune_and_split.SYNTHETIC_SHAPES["tinyllama-1.1b"], num_hidden_layers=2, hidden_size=128)
+    monkeypatch.setitem(prune_and_split.SYNTHETIC_SHAPES, "tiny", shape | dict(intermediate_size=256, vocab_size=512))
+    monkeypatch.setattr(sys, "argv", ["", "--synthetic", "tiny", str(tmp_path / "planes"), "--planes", "2,rest"])
+    assert prune_and_split.main() == 0
+    manifest = json.loads((tmp_path / "planes" / "progressive.json").read_text())
+    assert [(row["kind"], row["bits"]) for row in manifest["stages"]] == [("planes", 2), ("planes", "rest")]
+    monkeypatch.setattr(sys, "argv", ["", "--restore", str(tmp_path / "planes"), str(tmp_path / "restored")])
+    assert prune_and_split.main() == 0  # which compares the checksum
+    assert "model.norm.weight" in load_file(tmp_path / "restored" / "model.safetensors")
+
+
+def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
+    """Integers, vectors, and matrices that do not get smaller."""
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
+    tensors = load_file(model / "model.safetensors")
+    noise = torch.randint(-(1 << 15), 1 << 15, (64, 64), dtype=torch.int16).view(torch.bfloat16)
+    tensors |= {"noise": noise, "integers": torch.arange(64).view(8, 8), "empty": torch.empty(0, 8)}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    split(model, tmp_path / "planes")
+    stage1 = load_file(tmp_path / "planes" / "model-stage1.safetensors")
+    assert torch.equal(stage1["noise"].view(torch.int16), noise.view(torch.int16))
+    assert {"integers", "empty", "model.norm.weight", "lm_head.weight.planes"} <= stage1.keys()
+    done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
+    assert done.returncode == 0, done.stderr
+    assert (model / "model.safetensors").read_bytes() == (tmp_path / "restored" / "model.safetensors").read_bytes()
+
+
+def test_plan_only_writes_nothing(tmp_path):
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
+    done = split(model, tmp_path / "planes", "--plan-only")
+    assert "error of the weights" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.fixture(scope="module")
+def planes_tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("planes")
+    split(make_llama(folder / "model", dtype=torch.bfloat16), folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["MODEL", "OUT", "--planes", "1,2"], "--planes 1,2"),
+        (["MODEL", "OUT", "--planes", "rest"], "--planes rest"),
+        (["MODEL", "OUT", "--planes", "0,rest"], "--planes 0,rest"),
+        (["MODEL", "OUT", "--planes", "--layers", "1-2"], "--layers"),
+        (["MODEL", "OUT", "--planes", "--stages", "3"], "--stages"),
+        (["MODEL", "OUT", "--planes", "--restore"], "--restore"),
+        (["--restore", "MODEL"], "--restore"),
+        (["--restore", "LAYERS", "OUT"], "layers"),
+    ],
+)
+def test_bad_arguments(arguments, named, planes_tiny, split_tiny, tmp_path):
+    places = {"MODEL": planes_tiny.with_name("model"), "OUT": tmp_path / "out", "LAYERS": split_tiny}
+    done = run_script(SPLIT, *(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2 and named in done.stderr.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_damaged_stage_is_not_restored(stage, planes_tiny, tmp_path):
+    copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
+    flip_last_byte(copy / f"model-stage{stage}.safetensors")
+    done = run_script(SPLIT, "--restore", copy, tmp_path / "out")
+    assert done.returncode == 2 and "damaged" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- progressive_serve.py ---------------------------------------------------------------------------
+
+
+def probe(tmp_path: Path, *arguments) -> dict:
+    prompts, out = tmp_path / "prompts.json", tmp_path / "found.json"
+    prompts.write_text(json.dumps(["Hello", "The quick brown fox jumps", "x" * 300]))
+    command = [sys.executable, *map(str, [PROBE, *arguments, prompts, out])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+FINAL_STATES = {
+    # class, its configuration, dtype that it is stored in and served with
+    "llama": (LlamaForCausalLM, {}, "bfloat16"),
+    "llama, float16": (LlamaForCausalLM, {}, "float16"),
+    "llama, float32": (LlamaForCausalLM, {}, "float32"),
+    "llama, tied": (LlamaForCausalLM, {"tie_word_embeddings": True}, "bfloat16"),
+    "mistral": (MistralForCausalLM, {}, "bfloat16"),
+    "qwen3": (Qwen3ForCausalLM, {"head_dim": 32}, "bfloat16"),
+    "phi3": (Phi3ForCausalLM, {"pad_token_id": 0}, "bfloat16"),
+    "olmo2": (Olmo2ForCausalLM, {}, "bfloat16"),
+    "gemma3, tied": (Gemma3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", FINAL_STATES)
+def test_last_stage_is_the_source(case, tmp_path):
+    """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
+    model_class, config, dtype = FINAL_STATES[case]
+    model = make_llama(tmp_path / "model", model_class, dtype=getattr(torch, dtype), **config)
+    split(model, tmp_path / "planes")
+    found = probe(tmp_path, "brief", tmp_path / "planes", model, dtype)
+    assert found["stage3"] == found["stock"]
+
+
+def at_stage(checkpoint: Path, stage: int, source: Path, folder: Path) -> Path:
+    """An ordinary checkpoint with the weights that a stage stands for."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    stages = [load_file(checkpoint / f"model-stage{number}.safetensors") for number in range(1, stage + 1)]
+    weights = {}
+    for name, tensor in stages[0].items():
+        if name.endswith(".planes"):
+            _, joined = prune_and_split.join_planes([memoryview(more[name].numpy()) for more in stages])
+            tensor = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
+        weights[name.removesuffix(".planes")] = tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_held_stages_are_the_model_at_that_precision(planes_tiny, tmp_path):
+    source = planes_tiny.with_name("model")
+    models = [at_stage(planes_tiny, stage, source, tmp_path / f"stage{stage}") for stage in (1, 2)]
+    found = probe(tmp_path, "held", planes_tiny, *models, source)
+    assert found["held"] == found["stock"]
+    assert found["held"][0] != found["held"][1] != found["held"][2]
+
+
+def test_adapters_do_not_go_with_planes(planes_tiny, tmp_path):
+    copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
+    (copy / "adapters" / "stage1").mkdir(parents=True)
+    done = run_script(SERVER, copy)
+    assert done.returncode == 2 and "adapters" in done.stderr and "planes" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["planes", "layers"])
+def test_untested_architecture(kind, planes_tiny, split_tiny, tmp_path):
+    """Refused by name; only planes can be tried, since nothing is patched for them."""
+    import progressive_serve
+
+    copy = Path(shutil.copytree(planes_tiny if kind == "planes" else split_tiny, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text()) | {"architectures": ["NewForCausalLM"]}
+    (copy / "config.json").write_text(json.dumps(config))
+    done = run_script(SERVER, copy)
+    assert done.returncode == 2 and "NewForCausalLM" in done.stderr
+    assert ("--untested-architecture" in done.stderr) == (kind == "planes")
+    plan = progressive_serve.read_plan(copy)
+    if kind == "planes":
+        progressive_serve.check_architecture(plan, untested=True)
+    else:
+        with pytest.raises(progressive_serve.UsageError, match="NewForCausalLM"):
+            progressive_serve.check_architecture(plan, untested=True)
