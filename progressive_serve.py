@@ -255,16 +255,23 @@ def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: 
     out[places] = np.frombuffer(parts[1], out.dtype, offset=4 * len(places))
 
 
-def join_planes(records: list) -> "tuple[str, np.ndarray]":
-    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones."""
+def join_planes(records: list, room: Callable = bytearray, run: Callable = map) -> "tuple[str, np.ndarray]":
+    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones.
+
+    room(bytes) gives the memory for the result, run(function, items) runs the function on all of them.
+    """
     heads, chunks = zip(*map(read_record, records), strict=True)
     (dtype, mantissa), known = FLOATS[heads[0]["dtype"]], [head["known"] for head in heads]
     count = math.prod(heads[0]["shape"])
     if len({(head["dtype"], *head["shape"]) for head in heads}) > 1 or len(chunks[0]) != -(-count // CHUNK_WEIGHTS):
         raise ValueError("the records are not of one matrix, or of another shape")
-    out = np.empty(count, dtype)
-    for begin, base, *parts in zip(range(0, len(out), CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True):
-        join_chunk(out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+    out = np.frombuffer(room(count * np.dtype(dtype).itemsize), dtype)
+    jobs = [
+        (out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+        for begin, base, *parts in zip(range(0, count, CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True)
+    ]
+    for _ in run(lambda job: join_chunk(*job), jobs):
+        pass
     return heads[0]["dtype"], out.reshape(heads[0]["shape"])
 
 
@@ -299,22 +306,28 @@ class Planes:
         """The weights at the precision of the last of these stages, from what the files of all of them hold."""
         stage1, *later = records
         ahead = [next(stage, None) for stage in later]
-        for name, tensor in stage1:
-            if not name.endswith(RECORD):
-                yield name, tensor
-                continue
-            given = [number for number, record in enumerate(ahead) if record and record[0] == name]
-            parts = [tensor, *(ahead[number][1] for number in given)]
-            try:
-                dtype, patterns = join_planes([memoryview(part.numpy()) for part in parts])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"the planes of {name.removesuffix(RECORD)} are damaged: {error}") from error
-            yield (
-                name.removesuffix(RECORD),
-                torch.from_numpy(patterns.view(f"i{patterns.itemsize}")).view(DTYPES[dtype]),
-            )
-            for number in given:  # only now: what is asked for next takes the place of what there was
-                ahead[number] = next(later[number], None)
+        scratch = bytearray()  # for one matrix after the other: memory whose pages exist
+
+        def room(size: int) -> memoryview:
+            nonlocal scratch
+            scratch = scratch if len(scratch) >= size else bytearray(size)
+            return memoryview(scratch)[:size]
+
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for name, tensor in stage1:
+                if not name.endswith(RECORD):
+                    yield name, tensor
+                    continue
+                given = [number for number, record in enumerate(ahead) if record and record[0] == name]
+                parts = [memoryview(part.numpy()) for part in (tensor, *(ahead[number][1] for number in given))]
+                name = name.removesuffix(RECORD)
+                try:
+                    dtype, patterns = join_planes(parts, room, pool.map)
+                except (ValueError, KeyError, TypeError, IndexError, zstandard.ZstdError) as error:
+                    raise ValueError(f"the planes of {name} are damaged: {error}") from error
+                yield name, torch.from_numpy(patterns.view(f"i{patterns.itemsize}")).view(DTYPES[dtype])
+                for number in given:  # only now: what is asked for next takes the place of what there was
+                    ahead[number] = next(later[number], None)
 
     def as_dict(self) -> dict:
         """For GET /progress."""

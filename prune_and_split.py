@@ -39,7 +39,7 @@ import shutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -834,16 +834,23 @@ def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: 
     out[places] = np.frombuffer(parts[1], out.dtype, offset=4 * len(places))
 
 
-def join_planes(records: list) -> "tuple[str, np.ndarray]":
-    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones."""
+def join_planes(records: list, room: Callable = bytearray, run: Callable = map) -> "tuple[str, np.ndarray]":
+    """(dtype, bit patterns) of a matrix, from its records of stages 1, 2, ... Raises ValueError for damaged ones.
+
+    room(bytes) gives the memory for the result, run(function, items) runs the function on all of them.
+    """
     heads, chunks = zip(*map(read_record, records), strict=True)
     (dtype, mantissa), known = FLOATS[heads[0]["dtype"]], [head["known"] for head in heads]
     count = math.prod(heads[0]["shape"])
     if len({(head["dtype"], *head["shape"]) for head in heads}) > 1 or len(chunks[0]) != -(-count // CHUNK_WEIGHTS):
         raise ValueError("the records are not of one matrix, or of another shape")
-    out = np.empty(count, dtype)
-    for begin, base, *parts in zip(range(0, len(out), CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True):
-        join_chunk(out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+    out = np.frombuffer(room(count * np.dtype(dtype).itemsize), dtype)
+    jobs = [
+        (out[begin : begin + CHUNK_WEIGHTS], base, list(itertools.chain(*parts)), mantissa, known)
+        for begin, base, *parts in zip(range(0, count, CHUNK_WEIGHTS), heads[0]["bases"], *chunks, strict=True)
+    ]
+    for _ in run(lambda job: join_chunk(*job), jobs):
+        pass
     return heads[0]["dtype"], out.reshape(heads[0]["shape"])
 
 
