@@ -28,6 +28,9 @@ Modes, all through one client, with the same --server-args, on the same bytes:
     runai_streamer, fastsafetensors, instanttensor    stock with that --load-format
     warm, baseline-warm    progressive and baseline with the checkpoint in the page cache, at no bandwidth limit
 
+A mode reads --checkpoint, stock modes read --baseline-checkpoint where it is given, and MODE@CKPT reads CKPT: one run
+compares stock vLLM, stages of layers and stages of planes.
+
 They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
 
 With --side-by-side the rates of two servers are compared by pairs: samples that were taken one after the other, while
@@ -486,16 +489,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def trial_server(command: list[str], args: argparse.Namespace, cold: bool, log_path: Path):
+def trial_server(command: list[str], checkpoint: Path, args: argparse.Namespace, cold: bool, log_path: Path):
     """A fresh server process on a cold checkpoint, or on one that is in the page cache; yields the Server.
 
     What "cold" and "spawn" mean is enforced here and nowhere else. Raises UsageError where the checkpoint stays cached.
     """
     fill_cache(library_files())  # some kernels page out what has been idle for a minute, and imports would wait for it
     if cold:
-        drop_cache(args.checkpoint, not args.unverified_cold)
+        drop_cache(checkpoint, not args.unverified_cold)
     else:
-        fill_cache(checkpoint_files(args.checkpoint))
+        fill_cache(checkpoint_files(checkpoint))
     config, pipe = log_path.with_suffix(".json"), log_path.with_suffix(".pipe")
     config.write_text(json.dumps(LOGGING_CONFIG))
     pipe.unlink(missing_ok=True)
@@ -569,27 +572,69 @@ def in_group(procs: Path | None, command: list[str]) -> list[str]:
 
 
 def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
+    kind, checkpoint = kind_of(mode), checkpoint_of(mode, args)
     if is_progressive(mode):
-        script = args.before if mode == BEFORE else SERVER
-        start = [str(script), str(args.checkpoint), *(["--no-adapters"] if mode == "no-adapters" else [])]
-        if mode.startswith(HELD):
-            start += ["--hold-stage", mode.removeprefix(HELD)]
+        script = args.before if kind == BEFORE else SERVER
+        start = [str(script), str(checkpoint), *(["--no-adapters"] if kind == "no-adapters" else [])]
+        if kind.startswith(HELD):
+            start += ["--hold-stage", kind.removeprefix(HELD)]
         if args.stretch:
-            start += ["--limit-read-mbps", f"{sum(stage_bytes(args.checkpoint)) / 1e6 / args.stretch:.6f}"]
+            start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / args.stretch:.6f}"]
     else:
-        launcher = ["-c", FORK_LAUNCHER] if mode == "baseline-fork" else ["-m", "vllm.entrypoints.openai.api_server"]
-        start = [*launcher, "--model", str(args.checkpoint)]
-        if mode in LOADERS:
-            start += ["--load-format", mode]
+        launcher = ["-c", FORK_LAUNCHER] if kind == "baseline-fork" else ["-m", "vllm.entrypoints.openai.api_server"]
+        start = [*launcher, "--model", str(checkpoint)]
+        if kind in LOADERS:
+            start += ["--load-format", kind]
     return [sys.executable, *start, "--port", str(port), *args.server_args]
 
 
+def kind_of(mode: str) -> str:
+    """What a mode does, whatever checkpoint it names."""
+    return mode.partition("@")[0]
+
+
 def is_progressive(mode: str) -> bool:
-    return mode in PROGRESSIVE or mode.startswith(HELD)
+    return kind_of(mode) in PROGRESSIVE or mode.startswith(HELD)
+
+
+def is_warm(mode: str) -> bool:
+    return kind_of(mode) in WARM
+
+
+def checkpoint_of(mode: str, args: argparse.Namespace) -> Path:
+    """What a mode reads."""
+    usual = args.checkpoint if is_progressive(mode) else args.baseline_checkpoint or args.checkpoint
+    return Path(args.named_checkpoints.get(mode, usual))
 
 
 def stage_bytes(checkpoint: Path) -> list[int]:
     return [stage["bytes"] for stage in read_manifest(checkpoint)["stages"]]
+
+
+def weight_bytes(mode: str, args: argparse.Namespace) -> list[int]:
+    """Bytes of weights that a mode reads: by stage, or all at once."""
+    checkpoint = checkpoint_of(mode, args)
+    if is_progressive(mode):
+        return stage_bytes(checkpoint)
+    return [sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))]
+
+
+def check_same_model(args: argparse.Namespace) -> None:
+    """Raises UsageError where --baseline-checkpoint is not what the checkpoint was made from, as far as it tells."""
+    files = read_manifest(args.checkpoint)["source"]["files"]
+    for name, row in files.items() if args.baseline_checkpoint else ():
+        path = args.baseline_checkpoint / name
+        if not path.is_file() or ("blake3" in row and file_blake3(path) != row["blake3"]):
+            raise UsageError(
+                f"--baseline-checkpoint {args.baseline_checkpoint}: {name} is not the file that {args.checkpoint} was\n"
+                "made from; make one with: python prune_and_split.py --restore CKPT OUT"
+            )
+
+
+def file_blake3(path: Path) -> str:
+    from blake3 import blake3
+
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
 
 
 def read_manifest(checkpoint: Path) -> dict:
@@ -814,11 +859,12 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
     url = f"http://127.0.0.1:{port}"
     command = server_command(mode, port, args)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
-    cold, timeline = mode not in WARM and not args.side_by_side, []
-    with trial_server(in_group(procs, command), args, cold, log_path) as server:
+    cold, timeline = not is_warm(mode) and not args.side_by_side, []
+    with trial_server(in_group(procs, command), checkpoint_of(mode, args), args, cold, log_path) as server:
         first = first_answer(server, url, port, args.prompt)
         listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
         row = {"mode": mode, "read_mbps": mbps, "cold": "unverified" if cold and args.unverified_cold else cold}
+        row["weight_bytes"] = weight_bytes(mode, args)
         row |= {"listening": listening, "ttft": ttft, "full": ttft}
         row["answer"] = first["answer"]
         if is_progressive(mode):
@@ -874,7 +920,7 @@ def rotate(items: list, places: int) -> list:
 
 def schedule(modes: list[str], bandwidths: list[float], trials: int) -> list[tuple[float | None, list[str]]]:
     """(bandwidth, modes in their order) by turns; the warm ones, which know no bandwidth, once per round."""
-    cold, warm = [mode for mode in modes if mode not in WARM], [mode for mode in modes if mode in WARM]
+    cold, warm = [mode for mode in modes if not is_warm(mode)], [mode for mode in modes if is_warm(mode)]
     turns = []
     for number in range(trials):
         turns += [(mbps, rotate(cold, number)) for mbps in bandwidths] if cold else []
@@ -1021,7 +1067,8 @@ def summarise(result: dict) -> list[dict]:
         if mbps is not None:
             point["dd_mbps"] = statistics.median(result["bandwidth"][f"{mbps:g}"])
         if warm and mbps is not None:
-            point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], stages)
+            of_mode = rows[0].get("weight_bytes", stages)
+            point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], of_mode)
             point["floor"] = point["floor_stage1" if is_progressive(mode) else "floor_full"]
             point["ttft_over_floor"] = point["ttft"] / point["floor"]
         for name, other in (("baseline", "baseline"), ("fork", "baseline-fork"), (BEFORE, BEFORE)):
@@ -1269,7 +1316,7 @@ def print_predictions(rows: list[dict]) -> None:
 
 def place_of(mode: str) -> tuple[int, str]:
     """Where a mode stands in a plot: stages that are held come last."""
-    return (len(MODES) if mode.startswith(HELD) else MODES.index(mode)), mode
+    return (len(MODES) if mode.startswith(HELD) else MODES.index(kind_of(mode))), mode
 
 
 def plot_timeline(result: dict, path: Path) -> None:
@@ -1381,17 +1428,32 @@ def why_not(mode: str) -> str | None:
     return f"the package {package} loads onto a GPU, and there is none here" if needs_gpu and not HAS_GPU else None
 
 
-def choose_modes(text: str, stages: int, before: Path | None = None) -> list[str]:
-    """Modes of --mode, for a checkpoint of so many stages. Raises UsageError for one that is unknown or cannot run."""
-    held = [f"{HELD}{stage}" for stage in range(1, stages)]
+def choose_modes(text: str, args: argparse.Namespace) -> list[str]:
+    """Modes of --mode; notes what checkpoints they name. Raises UsageError for one that is unknown or cannot run."""
     runnable = [mode for mode in MODES if mode not in ("no-adapters", BEFORE) and not why_not(mode)]
     names = {"both": "baseline,progressive", "all": ",".join(runnable)}
-    modes = list(dict.fromkeys(names.get(text, text).split(",")))
-    for mode in modes:
-        if mode not in (*MODES, *held):
-            raise UsageError(f"--mode {text}: {mode!r} is not one of {', '.join((*MODES, *held))}, both, all")
-        if reason := why_not(mode):
-            raise UsageError(f"--mode {mode} cannot run here: {reason}")
+    modes, before = [], args.before
+    for mode in dict.fromkeys(names.get(text, text).split(",")):
+        kind, _, checkpoint = mode.partition("@")
+        if checkpoint:
+            mode = f"{kind}@{Path(checkpoint).name}"
+            args.named_checkpoints[mode] = checkpoint
+        held = kind.startswith(HELD) and [f"{HELD}{n}" for n in range(1, len(stage_bytes(checkpoint_of(mode, args))))]
+        if kind not in (*MODES, *(held or ())):
+            raise UsageError(f"--mode {text}: {kind!r} is not one of {', '.join((*MODES, *(held or ())))}, both, all")
+        if reason := why_not(kind):
+            raise UsageError(f"--mode {kind} cannot run here: {reason}")
+        folder = checkpoint_of(mode, args)
+        if is_progressive(mode):
+            read_manifest(folder)
+        elif not list(folder.glob("*.safetensors")):
+            raise UsageError(f"--mode {text}: {folder} has no safetensors files for stock vLLM to load")
+        elif is_planes(folder):
+            raise UsageError(
+                f"--mode {text}: stock vLLM cannot read the planes of {folder}; give\n"
+                "--baseline-checkpoint, made with: python prune_and_split.py --restore CKPT OUT"
+            )
+        modes.append(mode)
     if BEFORE in modes and not (before and before.is_file()):
         raise UsageError(
             f"--mode {text}: which version is before? --before names its progressive_serve.py, not {before}"
@@ -1399,6 +1461,13 @@ def choose_modes(text: str, stages: int, before: Path | None = None) -> list[str
     if before and BEFORE not in modes:
         raise UsageError(f"--before {before} is for the mode before: --mode before,progressive")
     return modes
+
+
+def is_planes(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint of planes; an ordinary one has no manifest."""
+    with contextlib.suppress(UsageError):
+        return read_manifest(checkpoint)["stages"][0]["kind"] == "planes"
+    return False
 
 
 def positive_int(text: str) -> int:
@@ -1439,8 +1508,10 @@ def parse_args() -> argparse.Namespace:
     add("--mode", default="both", metavar="LIST", help=modes)
     before = "another version of progressive_serve.py, for the mode before"
     add("--before", type=Path, metavar="FILE", help=before)
-    checkpoint = "progressive checkpoint, read by all (default: demo/checkpoint)"
+    checkpoint = "progressive checkpoint (default: demo/checkpoint)"
     add("--checkpoint", type=Path, default=Path("demo/checkpoint"), metavar="CKPT", help=checkpoint)
+    baseline = "what stock modes read (default: the same); checked by the manifest's checksums of its source"
+    add("--baseline-checkpoint", type=Path, metavar="DIR", help=baseline)
     add("--trials", type=int, default=3, metavar="N", help="trials of each mode (default: 3)")
     slow = "slow the disk down to X MB/s for every server alike (kernel's block-I/O controller; needs root)"
     add("--read-mbps", type=bandwidth, default=0.0, metavar="X", help=slow)
@@ -1488,7 +1559,10 @@ def run(args: argparse.Namespace, logs: Path) -> None:
     if args.plot:
         print(*draw_plots(read_result(args.plot, "--plot"), args.plot), sep="\n")
         return
-    args.modes = choose_modes(args.mode, len(stage_bytes(args.checkpoint)), args.before)
+    args.named_checkpoints = {}
+    stage_bytes(args.checkpoint)
+    args.modes = choose_modes(args.mode, args)
+    check_same_model(args)
     args.prompt = args.prompt or PROMPT.format(question=default_question(args.checkpoint))
     source = read_result(args.predict, "--predict") if args.predict else None
     if source and args.json and args.predict.resolve() == args.json.resolve():

@@ -59,6 +59,20 @@ def split_tiny(tmp_path_factory) -> Path:
     return folder / "checkpoint"
 
 
+def split_planes(model: Path, out: Path, *options) -> subprocess.CompletedProcess:
+    done = run_script(SPLIT, model, out, "--planes", *options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def planes_tiny(tmp_path_factory) -> Path:
+    """A tiny random checkpoint of planes; what it was made from lies beside it."""
+    folder = tmp_path_factory.mktemp("planes")
+    split_planes(make_llama(folder / "model", dtype=torch.bfloat16), folder / "checkpoint")
+    return folder / "checkpoint"
+
+
 class PassLayer(torch.nn.Module):
     """What a missing layer is."""
 

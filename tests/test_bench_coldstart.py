@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import BENCH, SERVER, run_script
+from conftest import BENCH, SERVER, flip_last_byte, run_script
 
 import bench_coldstart
 from bench_coldstart import COMPILATION, FIRST_TOKEN, FRAMEWORK, GRAPHS, KV_CACHE, TOKENIZER, WEIGHTS, UsageError
@@ -227,7 +227,7 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     log_path = tmp_path / "logs" / "server.log"
     log_path.parent.mkdir()
     args = SimpleNamespace(checkpoint=log_path.parent, unverified_cold=False, ray=False)
-    with bench_coldstart.trial_server(command, args, False, log_path) as server:
+    with bench_coldstart.trial_server(command, args.checkpoint, args, False, log_path) as server:
         while len(server.lines) < 1 or server.peak_pss < 50_000_000:
             assert server.process.poll() is None
             time.sleep(0.05)
@@ -291,7 +291,7 @@ def children(bench: subprocess.Popen, word: str) -> list[psutil.Process]:
 def test_servers_of_ray_actors_and_nothing_of_them_stays(demo_checkpoint, tmp_path, short_tmp):
     out = tmp_path / "cold.json"
     with bench_with_ray(demo_checkpoint, short_tmp, tmp_path) as bench:
-        while not out.exists() or not (processes := children(bench, "progressive_serve.py")):
+        while not (processes := children(bench, "progressive_serve.py")) or not out.exists():
             pass  # the first trial, and the second trial's server
         bench.terminate()
         assert bench.wait(60) == 143
@@ -322,7 +322,7 @@ def test_server_of_a_ray_actor_sees_the_gpu_that_ray_gave_it(tmp_path, short_tmp
     script = "import os; print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')))"
     log_path, args = tmp_path / "server.log", SimpleNamespace(checkpoint=tmp_path, unverified_cold=False, ray=True)
     with bench_coldstart.ray_cluster():
-        with bench_coldstart.trial_server([sys.executable, "-c", script], args, False, log_path) as server:
+        with bench_coldstart.trial_server([sys.executable, "-c", script], tmp_path, args, False, log_path) as server:
             while server.process.poll() is None:
                 time.sleep(0.05)
         assert [line for _, line in server.lines] == ["4 3\n"]
@@ -675,7 +675,44 @@ def test_plots_of_a_sweep_are_drawn_again(tmp_path):
 # ---- bad input --------------------------------------------------------------------------------------
 
 
-def test_modes_that_cannot_run_here_name_the_way_out(monkeypatch):
+def mode_args(checkpoint: Path, baseline_checkpoint: Path | None = None) -> SimpleNamespace:
+    paths = {"checkpoint": checkpoint, "baseline_checkpoint": baseline_checkpoint, "named_checkpoints": {}}
+    return SimpleNamespace(before=None, **paths)
+
+
+def test_modes_read_what_they_name(split_tiny, planes_tiny):
+    """Layers, planes and stock in one run, each of its own checkpoint."""
+    source = planes_tiny.with_name("model")
+    args = mode_args(split_tiny, source)
+    modes = bench_coldstart.choose_modes(f"baseline,progressive,progressive@{planes_tiny},stage1@{planes_tiny}", args)
+    assert modes == ["baseline", "progressive", "progressive@checkpoint", "stage1@checkpoint"]
+    read = [bench_coldstart.checkpoint_of(mode, args) for mode in modes]
+    assert read == [source, split_tiny, planes_tiny, planes_tiny]
+    assert len(bench_coldstart.weight_bytes("progressive@checkpoint", args)) == 3
+    assert bench_coldstart.weight_bytes("baseline", args) == [(source / "model.safetensors").stat().st_size]
+
+
+def test_stock_reads_no_planes(planes_tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"--baseline-checkpoint.*\n?.*--restore|--restore"):
+        bench_coldstart.choose_modes("baseline", mode_args(planes_tiny))
+    bench_coldstart.check_same_model(mode_args(planes_tiny, planes_tiny.with_name("model")))
+    copy = Path(shutil.copytree(planes_tiny.with_name("model"), tmp_path / "copy"))
+    flip_last_byte(copy / "model.safetensors")
+    with pytest.raises(UsageError, match="model.safetensors is not the file"):
+        bench_coldstart.check_same_model(mode_args(planes_tiny, copy))
+
+
+def test_planes_beside_their_source(planes_tiny, tmp_path):
+    options = ["--checkpoint", planes_tiny, "--baseline-checkpoint", planes_tiny.with_name("model"), "--trials", "1"]
+    done = run_script(BENCH, *options, "--json", tmp_path / "cold.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "cold.json").read_text())
+    baseline, progressive = sorted(result["trials"], key=lambda trial: trial["mode"])
+    assert sum(progressive["weight_bytes"]) < baseline["weight_bytes"][0]
+    assert progressive["answers"][-1]["answer"] == baseline["answer"]
+
+
+def test_modes_that_cannot_run_here_name_the_way_out(split_tiny, monkeypatch):
     monkeypatch.setattr(bench_coldstart, "HAS_GPU", False)
     monkeypatch.setattr(bench_coldstart.importlib.util, "find_spec", lambda name: None if name != "json" else name)
     for mode, package in (
@@ -684,19 +721,19 @@ def test_modes_that_cannot_run_here_name_the_way_out(monkeypatch):
         ("instanttensor", "pip install instanttensor"),
     ):
         with pytest.raises(UsageError, match=package):
-            bench_coldstart.choose_modes(f"baseline,{mode}", 3)
+            bench_coldstart.choose_modes(f"baseline,{mode}", mode_args(split_tiny))
     runnable = ["progressive", "baseline", "baseline-fork", "warm", "baseline-warm"]
-    assert bench_coldstart.choose_modes("all", 3) == runnable
+    assert bench_coldstart.choose_modes("all", mode_args(split_tiny)) == runnable
     with pytest.raises(UsageError, match="pip install ray"), bench_coldstart.ray_cluster():
         pass
     monkeypatch.setattr(bench_coldstart.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UsageError, match="fastsafetensors loads onto a GPU"):
-        bench_coldstart.choose_modes("fastsafetensors", 3)
+        bench_coldstart.choose_modes("fastsafetensors", mode_args(split_tiny))
     monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
     with pytest.raises(UsageError, match="vLLM forks by itself"):
-        bench_coldstart.choose_modes("baseline-fork", 3)
-    assert "baseline-fork" not in bench_coldstart.choose_modes("all", 3)
-    assert "instanttensor" in bench_coldstart.choose_modes("all", 3)
+        bench_coldstart.choose_modes("baseline-fork", mode_args(split_tiny))
+    assert "baseline-fork" not in bench_coldstart.choose_modes("all", mode_args(split_tiny))
+    assert "instanttensor" in bench_coldstart.choose_modes("all", mode_args(split_tiny))
 
 
 def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROBE, SERVER, SPLIT, flip_last_byte, make_llama, run_script
+from conftest import PROBE, SERVER, SPLIT, flip_last_byte, make_llama, run_script, split_planes
 from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3ForCausalLM,
@@ -132,16 +132,10 @@ MODELS = {
 }
 
 
-def split(model: Path, out: Path, *options) -> subprocess.CompletedProcess:
-    done = run_script(SPLIT, model, out, "--planes", *options)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 @pytest.mark.parametrize("case", MODELS)
 def test_restored_is_the_source(case, tmp_path):
     model = make_llama(tmp_path / "model", **MODELS[case])
-    done = split(model, tmp_path / "planes")
+    done = split_planes(model, tmp_path / "planes")
     assert "escapes" in done.stdout and "share so far" in done.stdout
     done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
     assert done.returncode == 0, done.stderr
@@ -171,7 +165,7 @@ def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
     noise = torch.randint(-(1 << 15), 1 << 15, (64, 64), dtype=torch.int16).view(torch.bfloat16)
     tensors |= {"noise": noise, "integers": torch.arange(64).view(8, 8), "empty": torch.empty(0, 8)}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    split(model, tmp_path / "planes")
+    split_planes(model, tmp_path / "planes")
     stage1 = load_file(tmp_path / "planes" / "model-stage1.safetensors")
     assert torch.equal(stage1["noise"].view(torch.int16), noise.view(torch.int16))
     assert {"integers", "empty", "model.norm.weight", "lm_head.weight.planes"} <= stage1.keys()
@@ -182,16 +176,9 @@ def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
 
 def test_plan_only_writes_nothing(tmp_path):
     model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
-    done = split(model, tmp_path / "planes", "--plan-only")
+    done = split_planes(model, tmp_path / "planes", "--plan-only")
     assert "error of the weights" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-@pytest.fixture(scope="module")
-def planes_tiny(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("planes")
-    split(make_llama(folder / "model", dtype=torch.bfloat16), folder / "checkpoint")
-    return folder / "checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +241,7 @@ def test_last_stage_is_the_source(case, tmp_path):
     """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
     model_class, config, dtype = FINAL_STATES[case]
     model = make_llama(tmp_path / "model", model_class, dtype=getattr(torch, dtype), **config)
-    split(model, tmp_path / "planes")
+    split_planes(model, tmp_path / "planes")
     found = probe(tmp_path, "brief", tmp_path / "planes", model, dtype)
     assert found["stage3"] == found["stock"]
 
