@@ -2019,10 +2019,11 @@ class Binding:
                 for together in (stages[: first.bind], *((stage,) for stage in stages[first.bind :])):
                     number, served_at = together[0].number, max(together[-1].number, first.serve)
                     self.adapters.prepare(served_at)
-                    if self.placing.fills_while_serving:
+                    into_what_is_served = self.verified.is_set() and self.plan.kind.NEEDS_EARLIER
+                    if into_what_is_served or not self.placing.fills_while_serving:
+                        self.source.wait_resident(together)  # not a byte that is not verified
+                    if self.placing.fills_while_serving:  # else activate() does it
                         self.fill(together, served_at)
-                    else:
-                        self.source.wait_resident(together)  # activate() fills
                     for stage in together:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.verified.set()

@@ -28,6 +28,7 @@ from conftest import (
     load_stage,
     make_llama,
     run_script,
+    split_planes,
 )
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
@@ -377,6 +378,49 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
     finally:
         assert server.stop() == 0
     assert not journal.exists()  # the server cleans up behind itself
+
+
+def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_path):
+    """A stream runs on while its weights get sharper, and across both transitions."""
+    split_planes(ROOT / "demo" / "model", tmp_path / "planes")
+    server = Server(tmp_path / "planes", tmp_path / "log", *slowly(tmp_path / "planes", 5), "--dtype", "float32")
+    try:
+        reader = server.hold_reader()
+        server.wait_for(server.answers)
+        assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "1"
+        tokens_of, stream = [], server.complete(prompts[0], tokens=900, stream=True, return_token_ids=True)
+        for line in stream.iter_lines():
+            if line.startswith(b"data: {"):
+                tokens_of += json.loads(line[6:])["choices"][0]["token_ids"] or []
+                if len(tokens_of) == 20:
+                    reader.resume()
+        assert len(tokens_of) == 900
+        server.wait_for(lambda: server.progress()["stage"] == 3)
+        at_stage_3 = server.complete(prompts[:8], return_token_ids=True)
+        assert at_stage_3.headers["X-Progressive-Stage"] == "3"
+        assert [choice["token_ids"] for choice in at_stage_3.json()["choices"]] == tokens(probed_float32["stock"][:8])
+        assert [row["bits"] for row in server.progress()["stages"]] == [1, 2, "rest"]
+    finally:
+        assert server.stop() == 0
+
+
+def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
+    """What is not verified must not get into the weights that are served."""
+    copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
+    flip_last_byte(copy / "model-stage2.safetensors")
+    server = Server(copy, tmp_path / "log", *slowly(copy, 5))
+    try:
+        reader = server.hold_reader()
+        server.wait_for(server.answers)
+        before = server.complete("Hello", logprobs=1)
+        reader.resume()
+        server.wait_for(lambda: server.progress()["error"])
+        assert "model-stage2.safetensors" in server.progress()["error"]
+        after = server.complete("Hello", logprobs=1)
+        assert before.headers["X-Progressive-Stage"] == after.headers["X-Progressive-Stage"] == "1"
+        assert before.json()["choices"] == after.json()["choices"]
+    finally:
+        assert server.stop() == 0
 
 
 MOMENTS = {
