@@ -22,6 +22,9 @@ Commands:
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
     curl localhost:8000/progress                                        # stages, timeline, error
 
+Stages are of layers, as drawn, or of precision (prune_and_split.py --planes): then nothing of the model is patched, and
+the bits of later stages sharpen the weights in place, while requests run, before the transition.
+
 Every option after the checkpoint that is not listed by --help goes to vLLM's server unchanged, and every endpoint is
 vLLM's. Two things are added: GET /progress, and the header X-Progressive-Stage on every response, the stage at which
 the request began. The server listens as soon as the engine is up; a request that comes before the first stage waits.
@@ -924,6 +927,7 @@ class Progress(Arrivals):
         return min(self.active_stage, self.last_stage())
 
     def state_of(self, stage: Stage) -> str:
+        """For GET /progress: absent, loading, resident or active."""
         if stage.number in self.complete_at:
             return "active"
         if stage.number in self.resident:
@@ -1885,7 +1889,7 @@ class AdapterSwap:
                 self.touched[path].holds = stage
 
     def settle(self, stage: int) -> None:
-        """Every worker serves `stage`: let go of what only the way to it, or back from it, could have needed."""
+        """Let go of what only the way to `stage`, or back from it, could have needed: every worker serves it."""
         with self.lock:
             for prepared in (self.placed, self.merged):
                 for key in [key for key in prepared if key[0] <= stage]:
@@ -2014,7 +2018,7 @@ class Binding:
         number = 1  # of the first stage of those that are being bound
         try:
             with torch.no_grad(), self.placing.beside_the_engine():
-                first = self.first_stage()
+                first = self.agree_on_first_stage()
                 stages = self.plan.stages[: self.serving.hold_stage]
                 for together in (stages[: first.bind], *((stage,) for stage in stages[first.bind :])):
                     number, served_at = together[0].number, max(together[-1].number, first.serve)
@@ -2038,7 +2042,7 @@ class Binding:
             self.journal.mark("error", text=failure, stage=number)
             logger.exception("binding stage %d failed", number)
 
-    def first_stage(self) -> FirstStage:
+    def agree_on_first_stage(self) -> FirstStage:
         """What to bind first. One worker decides, by what has arrived by now; the others follow it."""
         if self.rank == 0:
             resident = self.source.resident_stage()
@@ -2119,7 +2123,7 @@ class Binding:
         handle = part.register_forward_pre_hook(wait_once)
 
     def settle(self, stage: int) -> None:
-        """Every worker serves `stage`: there is no way back any more."""
+        """Let go of what the way back would have needed: every worker serves `stage`."""
         self.adapters.settle(stage)
         give_back_memory()
 
@@ -2456,6 +2460,7 @@ class Packed(Placing):
         self.filled.add(part)
 
     def pack_first(self, module: nn.Module) -> None:
+        """vLLM's own post-processing, which was postponed until the module had its tensors."""
         weight = module.weight
         pack(module)
         if module in self.packed:
@@ -2582,7 +2587,7 @@ class WorkerExtension:
             return repr(error)
 
     def progressive_settle(self, stage: int) -> None:
-        """Every worker serves `stage`: there is no way back any more."""
+        """Let go of what the way back would have needed: every worker serves `stage`."""
         self.model_runner.get_model().binding.settle(stage)
 
 
@@ -2593,7 +2598,7 @@ class StageLost(RuntimeError):
     """What the workers hold is no stage that could be named, so it must not be served."""
 
 
-def first_of(failures: list[str | None]) -> str:
+def first_failure(failures: list[str | None]) -> str:
     """The first failure among what the workers have returned."""
     return next(filter(None, failures))
 
@@ -2669,10 +2674,10 @@ class Controller:
         if any(failures):
             back = await self.engine.collective_rpc("progressive_activate", args=(before,)) if before else failures
             if any(back):  # and stay paused: not a token more
-                raise StageLost(f"{first_of(failures)}; nor can stage {before} be served any more")
+                raise StageLost(f"{first_failure(failures)}; nor can stage {before} be served any more")
         await self.engine.resume_generation()
         if any(failures):
-            raise RuntimeError(first_of(failures))
+            raise RuntimeError(first_failure(failures))
         self.mark_active(stage, pause=round(time.monotonic() - began, 4))
         await self.engine.collective_rpc("progressive_settle", args=(stage,))
 
@@ -2860,10 +2865,10 @@ class StageControl:
         if any(failures):
             back = self.llm.collective_rpc("progressive_activate", args=(self.stage,)) if self.stage else failures
             if any(back):
-                raise StageLost(f"{first_of(failures)}; nor can stage {self.stage} be served any more")
+                raise StageLost(f"{first_failure(failures)}; nor can stage {self.stage} be served any more")
         resume_engine(self.llm)
         if any(failures):
-            raise RuntimeError(first_of(failures))
+            raise RuntimeError(first_failure(failures))
         self.journal.mark("active", stage=stage, pause=round(time.monotonic() - began, 4))
         self.update()
         self.llm.collective_rpc("progressive_settle", args=(stage,))

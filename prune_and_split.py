@@ -6,12 +6,21 @@ measured by the angular distance between the residual stream before and after it
 for every start and size in one pass over the model. No weight is changed: the output is an ordinary Hugging Face
 checkpoint that `from_pretrained` and `vllm serve` load as it is, and equals the source bit for bit.
 
+With --planes the stages are of precision: every matrix comes at few bits first, and the missing bits follow, exactly.
+A weight is [exponent code, 4 bits | sign | mantissa]; codes count from a base exponent of each chunk of 2^18 weights,
+and crowd, so that zstd stores a symbol [sign | code | mantissa, at most 3 bits] in about 4.5 bits. Weights of other
+exponents, zeros and NaN among them, are escapes: position and exact value. Mantissa bits that no symbol has follow as
+fields of 8, 4, 2 or 1 bits, planar: the lowest bits of all bytes belong to the first weights, and so on. Bits that are
+not there yet stand at their middle. All of a matrix that a stage brings is one tensor of bytes, see read_record().
+
 Commands:
   python demo/train_demo_llama.py && python prune_and_split.py                    # (re)makes demo/checkpoint
   python prune_and_split.py meta-llama/Llama-2-7b-hf llama2-7b-progressive        # score, print the plan, write
   python prune_and_split.py meta-llama/Llama-2-7b-hf --plan-only                  # score and print, write nothing
   python prune_and_split.py ./Llama-2-7b-hf out --layers 20-27                    # the paper's "layers 21-28", by hand
   python prune_and_split.py --synthetic llama2-7b out                             # random weights, to time cold starts
+  python prune_and_split.py Qwen/Qwen3-8B out --planes                            # stages of precision: 1,2,rest
+  python prune_and_split.py --restore out Qwen3-8B-again                          # ... and back, bit for bit
 
 Layers are numbered from 0, as in the checkpoint (`model.layers.N`); the paper counts from 1.
 
@@ -23,8 +32,10 @@ Outputs, in OUT:
   pruning/angular_distance.csv, .png                      the scores, where layers were scored
   config.json, tokenizer files, ...                       copied untouched
 
+With --planes there is no index and no pruning/; the manifest has what --restore needs.
+
 OUT appears whole, by a rename at the very end. Until then everything is in its hidden sibling `.OUT.partial`; what a
-killed run leaves there is removed by the next run. One layer is in memory at a time, in scoring and in writing.
+killed run leaves there is removed by the next run. One layer, or matrix, is in memory at a time.
 """
 
 import argparse

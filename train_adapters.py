@@ -52,7 +52,7 @@ from tqdm import tqdm
 # ---- constants --------------------------------------------------------------------------------------
 
 HAS_GPU = bool(list(Path("/dev").glob("nvidia[0-9]*")))
-FORMAT_VERSION = 1  # of progressive.json
+FORMAT_VERSION = 1  # of progressive.json: stages of layers
 NAME = Path(__file__).name
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets")
 SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
@@ -149,7 +149,10 @@ def read_stages(checkpoint: Path) -> list[Stage]:
     try:
         manifest = json.loads(path.read_text())
         if manifest["format_version"] != FORMAT_VERSION:
-            raise UsageError(f"{path} has format_version {manifest['format_version']!r}, {NAME} reads {FORMAT_VERSION}")
+            raise UsageError(
+                f"{path} has format_version {manifest['format_version']!r}, {NAME} reads {FORMAT_VERSION}\n"
+                "(2 has stages of planes, which miss no layers: there is nothing to make up for)"
+            )
         stages, layers, files = [], [], {}
         for row in manifest["stages"]:
             layers = sorted([*layers, *row["layers"]])

@@ -4,7 +4,7 @@
     python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
     python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
     python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
-    python engine_probe.py brief CKPT SOURCE DTYPE OUT.json     # 1 -> 2 -> 3, stock on SOURCE
+    python engine_probe.py brief [CKPT SOURCE DTYPE]... OUT.json    # 1 -> 2 -> 3, stock on SOURCE
     python engine_probe.py held CKPT MODEL... OUT.json     # each stage held, stock on the MODEL that it should be
 
 An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
@@ -196,16 +196,22 @@ def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
     return found
 
 
-def probe_brief(checkpoint: str, source: str, dtype: str, prompts: list[str]) -> dict:
-    """1 -> 2 -> 3, and stock on what the checkpoint was made from."""
-    options = {**ENGINE, "dtype": dtype, "enforce_eager": True}
-    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
-    found = {"stage1": ask(llm, prompts)}
-    for stage in (2, 3):
-        llm.stages.advance()
-        found[f"stage{stage}"] = ask(llm, prompts)
-    close(llm)
-    return found | {"stock": ask(LLM(source, **options), prompts)}
+def probe_brief(*models: str) -> list[dict]:
+    """1 -> 2 -> 3, and stock on what the checkpoint was made from, of one model after the other."""
+    *models, prompts = models
+    found = []
+    for checkpoint, source, dtype in zip(models[::3], models[1::3], models[2::3], strict=True):
+        options, answers = {**ENGINE, "dtype": dtype, "enforce_eager": True}, {}
+        llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+        for stage in (1, 2, 3):
+            if stage > 1:
+                llm.stages.advance()
+            answers[f"stage{stage}"] = ask(llm, prompts)
+        close(llm)
+        llm = LLM(source, **options)
+        found.append(answers | {"stock": ask(llm, prompts)})
+        close(llm)
+    return found
 
 
 def probe_held(checkpoint: str, *models: str) -> dict:

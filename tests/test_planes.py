@@ -236,14 +236,22 @@ FINAL_STATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def final_states(tmp_path_factory) -> dict[str, dict]:
+    """What engine_probe.py found for each of FINAL_STATES, in one process."""
+    arguments = []
+    for model_class, config, dtype in FINAL_STATES.values():
+        folder = tmp_path_factory.mktemp("final")
+        model = make_llama(folder / "model", model_class, dtype=getattr(torch, dtype), **config)
+        split_planes(model, folder / "planes")
+        arguments += [folder / "planes", model, dtype]
+    return dict(zip(FINAL_STATES, probe(folder, "brief", *arguments), strict=True))
+
+
 @pytest.mark.parametrize("case", FINAL_STATES)
-def test_last_stage_is_the_source(case, tmp_path):
+def test_last_stage_is_the_source(case, final_states):
     """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
-    model_class, config, dtype = FINAL_STATES[case]
-    model = make_llama(tmp_path / "model", model_class, dtype=getattr(torch, dtype), **config)
-    split_planes(model, tmp_path / "planes")
-    found = probe(tmp_path, "brief", tmp_path / "planes", model, dtype)
-    assert found["stage3"] == found["stock"]
+    assert final_states[case]["stage3"] == final_states[case]["stock"]
 
 
 def at_stage(checkpoint: Path, stage: int, source: Path, folder: Path) -> Path:

@@ -171,7 +171,7 @@ def test_other_models(model_class, config, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     assert run_script(SPLIT, model, checkpoint, "--layers", "1-2").returncode == 0
     prompts = [f"Number {number}? It is written here more than once, so that a block fills." for number in range(8)]
-    found = run_probe(tmp_path, "brief", checkpoint, model, "float32", prompts=prompts)
+    (found,) = run_probe(tmp_path, "brief", checkpoint, model, "float32", prompts=prompts)
     assert found["stage3"] == found["stock"] != found["stage2"]
     for stage in (1, 2):
         assert tokens(found[f"stage{stage}"]) == stage_answers(checkpoint, stage, prompts)

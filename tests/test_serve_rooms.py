@@ -953,11 +953,11 @@ def test_one_worker_decides_where_to_begin(split_tiny):
         for rank, source in enumerate(sources)
     )
     decision = progressive_serve.FirstStage(bind=1, serve=1, streamed=True, ranks=2)
-    assert first.first_stage() == decision
+    assert first.agree_on_first_stage() == decision
     for stage in (1, 2, 3):
         reading.launch.journal.mark("resident", stage=stage)  # between the two looks
     assert sources[1].resident_stage() == 3
-    assert second.first_stage() == decision
+    assert second.agree_on_first_stage() == decision
 
 
 # ---- releases of vLLM ------------------------------------------------------------------------------
