@@ -1347,7 +1347,7 @@ def plot_timeline(result: dict, path: Path) -> None:
         axis.set_title(panel_title(result, mbps), fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.02)
-    axes[-1].set_xlabel("seconds since the spawn of the server; a bar ends at the first token, | marks a later stage")
+    axes[-1].set_xlabel("seconds since the spawn of the server\n(a bar ends at the first token, | marks a later stage)")
     axes[-1].set_xlim(left=0)
     seen = {part["step"] for row in result["trials"] for part in row["intervals"]}
     handles = [axes[0].barh(0, 0, color=colour, label=step) for step, colour in zip(STEPS, COLOURS, strict=True)]
