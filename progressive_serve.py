@@ -1823,7 +1823,7 @@ class AdapterSwap:
     def module_path(self, name: str) -> str:
         """The module that a weight is bound to: vLLM keeps q_proj, k_proj and v_proj as one, qkv_proj."""
         prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        parts_of = self.model.packed_modules_mapping
+        parts_of = getattr(self.model, "packed_modules_mapping", {})
         return f"{prefix}.{next((whole for whole, parts in parts_of.items() if leaf in parts), leaf)}"
 
     def is_bound_anew(self, path: str, stage: int) -> bool:
@@ -2060,9 +2060,8 @@ class Binding:
         """
         try:
             with self.placing.copying:
-                for part, weights in itertools.groupby(
-                    self.arriving(stages), key=lambda weight: self.part_of(weight[0])
-                ):
+                by_part = itertools.groupby(self.arriving(stages), key=lambda weight: self.part_of(weight[0]))
+                for part, weights in by_part:
                     self.placing.before(part)
                     merged = ((name, self.adapters.arrive(name, tensor, served_at)) for name, tensor in weights)
                     self.missing -= self.model.load_weights(merged)
@@ -2523,6 +2522,8 @@ class PackedInGraph(Packed):
     def before(self, part: nn.Module) -> None:
         for module in linears(part):
             self.packed[module].unpack()
+        if part is self.model.model.norm:
+            self.unpack_head()
 
     def after(self, part: nn.Module) -> None:
         for module in linears(part):
