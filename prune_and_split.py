@@ -32,7 +32,8 @@ Outputs, in OUT:
   pruning/angular_distance.csv, .png                      the scores, where layers were scored
   config.json, tokenizer files, ...                       copied untouched
 
-With --planes there is no index and no pruning/; the manifest has what --restore needs.
+With --planes there is no index and no pruning/; the manifest has what --restore needs. With --calibration there is
+planes/perplexity.csv, .png: the perplexity of each stage, and of stages of layers, against their share of the bytes.
 
 OUT appears whole, by a rename at the very end. Until then everything is in its hidden sibling `.OUT.partial`; what a
 killed run leaves there is removed by the next run. One layer, or matrix, is in memory at a time.
@@ -50,7 +51,7 @@ import shutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -312,7 +313,33 @@ class SyntheticModel:
         return PreTrainedTokenizerFast(tokenizer_object=build_synthetic_tokenizer(self.config["vocab_size"]))
 
 
-Source = Checkpoint | SyntheticModel
+class AtStage:
+    """A source at the precision of a stage of planes: the same interface, as far as reading goes."""
+
+    def __init__(self, source: Checkpoint | SyntheticModel, bits: list[int | str], stage: int, coded: set[str]):
+        """coded: names of the matrices that the stages bring in parts."""
+        self.source, self.bits, self.stage, self.coded = source, bits, stage, coded
+        self.name, self.config, self.tensors = source.name, source.config, source.tensors
+
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes [start, stop), in order."""
+        tensor = self.tensors[name]
+        stop = tensor.nbytes if stop is None else stop
+        if name not in self.coded:
+            yield from self.source.chunks(name, start, stop)
+            return
+        pattern, mantissa = FLOATS[tensor.dtype]
+        known, size = known_bits(self.bits, mantissa), CHUNK_WEIGHTS * np.dtype(pattern).itemsize
+        for begin in range(start // size * size, stop, size):
+            end = min(begin + size, tensor.nbytes)
+            weights = load_bytes(self.source, name, begin, end).view(pattern)
+            base, parts = split_chunk(weights, mantissa, known)
+            joined = np.empty_like(weights)
+            join_chunk(joined, base, list(itertools.chain(*parts[: self.stage])), mantissa, known[: self.stage])
+            yield memoryview(joined).cast("B")[max(0, start - begin) : stop - begin]
+
+
+Source = Checkpoint | SyntheticModel | AtStage
 
 
 # ---- reading and checking the source ----------------------------------------------------------------
@@ -614,6 +641,46 @@ def collect_final_residuals(source: Source, batches: list[np.ndarray]):
                 part.copy_(model(inputs_embeds=part, use_cache=False).last_hidden_state)
         final.append(torch.cat([stream[:, -1] for stream in residuals]).float().cpu())
     return torch.stack(final, dim=1)
+
+
+def compute_perplexity(source: Source, batches: list[np.ndarray], without: Collection[int] = ()) -> float:
+    """exp of the mean cross-entropy of each token given those before it in its document, in the dtype of the weights.
+
+    without: layers that are left out. One layer is resident at a time, then the output.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, dtype = build_one_layer_model(source, device), getattr(torch, DTYPES[weight_dtype(source)])
+    norm = build_final_norm(source).to(device, dtype)
+    output = "lm_head.weight" if "lm_head.weight" in source.tensors else "model.embed_tokens.weight"
+    loss, count = 0.0, 0
+    with torch.inference_mode():
+        residuals = [embed_tokens(source, tokens).to(device, dtype) for tokens in batches]
+        parts = [part for stream in residuals for part in stream.split(max(1, FORWARD_BATCH_TOKENS // stream.shape[1]))]
+        for number in [number for number in range(source.config["num_hidden_layers"]) if number not in without]:
+            for name, parameter in model.layers[0].named_parameters():
+                parameter.copy_(load_tensor(source, f"model.layers.{number}.{name}"))
+            for part in parts:
+                part.copy_(model(inputs_embeds=part, use_cache=False).last_hidden_state)
+        norm.weight.copy_(load_tensor(source, "model.norm.weight"))
+        output = load_tensor(source, output).to(device)
+        for stream, tokens in zip(residuals, batches, strict=True):
+            for states, ids in zip(stream, torch.from_numpy(tokens).to(device), strict=True):
+                logits = (norm(states[:-1]) @ output.T).float()
+                loss += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+                count += len(ids) - 1
+    return math.exp(loss / count)
+
+
+def build_final_norm(source: Source):
+    """The norm after the last layer, to be filled."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**(source.config | dict(num_hidden_layers=1))))
+    return model.norm.to_empty(device="cpu")
 
 
 def compute_angular_distances(final) -> np.ndarray:
@@ -985,6 +1052,7 @@ class Planes:
     coded_bytes: int = 0  # that code them, in all stages
     escapes: int = 0
     plain_bytes: int = 0  # of tensors that are stored as they are
+    coded: set[str] = field(default_factory=set)  # names of the matrices
     squares: float = 0.0  # of the weights, over the chunks that were looked at
 
 
@@ -1070,6 +1138,7 @@ def code_planes(source: Source, bits: list[int | str], folder: Path | None) -> P
                 for stage, record, error in zip(planes.stages, records, squares[1:], strict=True):
                     stage.append(name + RECORD, "U8", (len(record),), record)
                     stage.squares += error
+                planes.coded.add(name)
                 planes.weights += len(weights)
                 planes.coded_bytes += sum(map(len, records))
                 planes.escapes += escapes
@@ -1124,6 +1193,59 @@ def print_planes(source: Source, planes: Planes) -> None:
     print(f"\n{source.name}: {planes.escapes / max(1, planes.weights):.3%} of the weights are escapes")
     for row in rows:
         print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, wide, strict=True)))
+
+
+def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> list[dict]:
+    """Rows (kind, stage, share of the bytes, perplexity): of these stages, and of layers as they would be left out."""
+    batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
+    total, bits = sum(tensor.nbytes for tensor in source.tensors.values()), [stage.bits for stage in planes.stages]
+    pruning = choose_block(source, args)
+    layers = plan_stages(source, pruning, args.stages, math.inf)
+    block = range(pruning.first, pruning.last + 1)
+    rows, shares = [], itertools.accumulate(stage.nbytes / total for stage in planes.stages)
+    with tqdm(total=len(planes.stages) + len(layers) - 1, desc="perplexity", unit="stage") as progress:
+        for stage, share in zip(planes.stages, shares, strict=True):
+            at_stage = AtStage(source, bits, stage.number, planes.coded)
+            perplexity = compute_perplexity(at_stage, batches)
+            rows.append(dict(kind="planes", stage=stage.number, share=share, perplexity=perplexity))
+            progress.update()
+        for number in range(1, len(layers)):
+            there = {layer for stage in layers[:number] for layer in stage.layers}
+            share = sum(stage.nbytes for stage in layers[:number]) / total
+            perplexity = compute_perplexity(source, batches, set(block) - there)
+            rows.append(dict(kind="layers", stage=number, share=share, perplexity=perplexity))
+            progress.update()
+    print()
+    for row in rows:
+        at = f"{row['kind']}, stage {row['stage']}"
+        print(f"  {at:<16}  {row['share']:>6.1%} of the bytes  perplexity {row['perplexity']:.2f}")
+    return rows
+
+
+def write_measures(rows: list[dict], folder: Path) -> None:
+    """planes/: share of the bytes and perplexity as CSV, and as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir()
+    lines = ["kind,stage,share_of_bytes,perplexity"]
+    lines += [f"{row['kind']},{row['stage']},{row['share']:.6f},{row['perplexity']:.6f}" for row in rows]
+    (folder / "perplexity.csv").write_text("\n".join(lines) + "\n")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind, marker in (("planes", "o"), ("layers", "s")):
+        points = [row for row in rows if row["kind"] == kind]
+        shares, perplexities = [100 * row["share"] for row in points], [row["perplexity"] for row in points]
+        axes.plot(shares, perplexities, marker + "-", label=f"stages of {kind}")
+        for row, share in zip(points, shares, strict=True):
+            axes.annotate(str(row["stage"]), (share, row["perplexity"]), (6, 4), textcoords="offset points")
+    full = next(row["perplexity"] for row in reversed(rows) if row["kind"] == "planes")
+    axes.axhline(full, color="0.6", linestyle=":", label="full model")
+    axes.set(xlim=(0, 102), yscale="log", xlabel="share of the source's bytes, %", ylabel="perplexity")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(folder / "perplexity.png", dpi=120)
 
 
 def describe_files(source: Source) -> dict[str, dict]:
@@ -1393,9 +1515,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prune and args.layers:
         parser.error(f"--prune {args.prune} and --layers {args.layers} both name the block: give one of them")
-    layers_only = ("prune", "layers", "stages", "calibration")
+    layers_only = () if args.calibration else ("prune", "layers", "stages")
     if args.planes and (given := [name for name in layers_only if getattr(args, name) is not None]):
-        parser.error(f"--planes {args.planes} leaves out no layers, so it goes without --{given[0]}")
+        parser.error(f"--planes {args.planes} leaves out no layers: --{given[0]} is for a comparison by --calibration")
     args.stages = 3 if args.stages is None else args.stages
     if args.restore and (args.planes or args.synthetic or not args.out):
         parser.error("--restore takes a checkpoint of planes and the folder to write: --restore CKPT OUT")
@@ -1429,14 +1551,24 @@ def split_layers(source: Source, out: Path, args: argparse.Namespace) -> None:
 def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
     """Stages of precision."""
     bits = parse_planes(args.planes)
+    if args.calibration and source.config["architectures"][0] not in SUPPORTED_ARCHITECTURES:
+        known = " and ".join(SUPPORTED_ARCHITECTURES)
+        raise UsageError(
+            f"--calibration {args.calibration}: the perplexity of stages is for {known} only; leave it out"
+        )
     if args.plan_only:
-        print_planes(source, code_planes(source, bits, None))
+        planes = code_planes(source, bits, None)
+        print_planes(source, planes)
+        if args.calibration:
+            measure_planes(source, planes, args)
         return
     with whole_or_nothing(out, args.force) as folder:
         check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
         source.copy_side_files(folder)
         planes = code_planes(source, bits, folder)
         print_planes(source, planes)
+        if args.calibration:
+            write_measures(measure_planes(source, planes, args), folder / "planes")
         rows = finish_planes(planes, header_room(source))
         write_manifest(source, rows, describe_files(source), folder)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROBE, SERVER, SPLIT, flip_last_byte, make_llama, run_script, split_planes
+from conftest import PROBE, SERVER, SPLIT, PassLayer, flip_last_byte, make_llama, run_script, split_planes
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -181,6 +182,52 @@ def test_plan_only_writes_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def at_stage(checkpoint: Path, stage: int, source: Path, folder: Path) -> Path:
+    """An ordinary checkpoint with the weights that a stage stands for."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    stages = [load_file(checkpoint / f"model-stage{number}.safetensors") for number in range(1, stage + 1)]
+    weights = {}
+    for name, tensor in stages[0].items():
+        if name.endswith(".planes"):
+            dtype, joined = prune_and_split.join_planes([memoryview(more[name].numpy()) for more in stages])
+            joined = torch.from_numpy(joined.view(f"i{joined.itemsize}"))
+            tensor = joined.view(getattr(torch, prune_and_split.DTYPES[dtype]))
+        weights[name.removesuffix(".planes")] = tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_perplexity_of_each_stage(tmp_path):
+    """Of planes, and of layers for comparison, as transformers has it."""
+    model = make_llama(tmp_path / "model", dtype=torch.float32)
+    texts = ["The quick brown fox jumps over the lazy dog", "A line of another length, which is longer than that"] * 3
+    (tmp_path / "text.txt").write_text("\n".join(texts) + "\n")
+    done = split_planes(model, tmp_path / "planes", "--calibration", tmp_path / "text.txt", "--layers", "1-2")
+    assert "perplexity" in done.stdout
+    assert (tmp_path / "planes" / "planes" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    header, *lines = (tmp_path / "planes" / "planes" / "perplexity.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    found = {(row["kind"], int(row["stage"])): float(row["perplexity"]) for row in rows}
+    assert list(found) == [("planes", 1), ("planes", 2), ("planes", 3), ("layers", 1), ("layers", 2)]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def expected(folder: Path, *without: int) -> float:
+        plain, losses = LlamaForCausalLM.from_pretrained(folder).eval(), []
+        for layer in without:
+            plain.model.layers[layer] = PassLayer()
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.inference_mode():
+                logits = plain(ids, use_cache=False).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        return pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
+
+    assert found["planes", 3] == expected(model) != found["planes", 1]
+    assert found["planes", 1] == expected(at_stage(tmp_path / "planes", 1, model, tmp_path / "stage1"))
+    assert found["layers", 1] == expected(model, 1, 2)
+    assert found["layers", 2] == expected(model, 2)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -252,20 +299,6 @@ def final_states(tmp_path_factory) -> dict[str, dict]:
 def test_last_stage_is_the_source(case, final_states):
     """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
     assert final_states[case]["stage3"] == final_states[case]["stock"]
-
-
-def at_stage(checkpoint: Path, stage: int, source: Path, folder: Path) -> Path:
-    """An ordinary checkpoint with the weights that a stage stands for."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    stages = [load_file(checkpoint / f"model-stage{number}.safetensors") for number in range(1, stage + 1)]
-    weights = {}
-    for name, tensor in stages[0].items():
-        if name.endswith(".planes"):
-            _, joined = prune_and_split.join_planes([memoryview(more[name].numpy()) for more in stages])
-            tensor = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
-        weights[name.removesuffix(".planes")] = tensor
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def test_held_stages_are_the_model_at_that_precision(planes_tiny, tmp_path):
