@@ -392,7 +392,7 @@ def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_flo
         for line in stream.iter_lines():
             if line.startswith(b"data: {"):
                 tokens_of += json.loads(line[6:])["choices"][0]["token_ids"] or []
-                if len(tokens_of) == 20:
+                if len(tokens_of) >= 20:  # a chunk may bring more than one
                     reader.resume()
         assert len(tokens_of) == 900
         server.wait_for(lambda: server.progress()["stage"] == 3)

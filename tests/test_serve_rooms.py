@@ -120,7 +120,11 @@ BAD_CHECKPOINTS = {
         "GPT2LMHeadModel",
     ),
     "another number of layers": (lambda folder: edit_config(folder, num_hidden_layers=7), "7"),
-    "unknown kind": (lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes")), "planes"),
+    "unknown kind": (lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="tiles")), "tiles"),
+    "two kinds": (
+        lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes", bits=1)),
+        "several kinds",
+    ),
     "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
     "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
     "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
