@@ -267,9 +267,12 @@ class Server:
         return reader
 
     def reader(self) -> psutil.Process:
-        self.wait_for(lambda: psutil.Process(self.process.pid).children())
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "_read" in child.cmdline())
+        self.wait_for(self.readers)
+        return self.readers()[0]
+
+    def readers(self) -> list[psutil.Process]:
+        """The reader process, once it is what it is called: before that a child looks like its parent."""
+        return [child for child in psutil.Process(self.process.pid).children() if "_read" in child.cmdline()]
 
     def wait_for(self, what, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
