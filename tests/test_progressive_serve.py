@@ -388,15 +388,15 @@ def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_flo
     split_planes(ROOT / "demo" / "model", tmp_path / "planes")
     server = Server(tmp_path / "planes", tmp_path / "log", *slowly(tmp_path / "planes", 5), "--dtype", "float32")
     try:
-        reader = server.hold_reader()
+        held = [server.hold_reader()]
         server.wait_for(server.answers)
         assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "1"
         tokens_of, stream = [], server.complete(prompts[0], tokens=900, stream=True, return_token_ids=True)
         for line in stream.iter_lines():
             if line.startswith(b"data: {"):
                 tokens_of += json.loads(line[6:])["choices"][0]["token_ids"] or []
-                if len(tokens_of) >= 20:  # a chunk may bring more than one
-                    reader.resume()
+                if held and len(tokens_of) >= 20:  # a chunk may bring more than one
+                    held.pop().resume()
         assert len(tokens_of) == 900
         server.wait_for(lambda: server.progress()["stage"] == 3)
         at_stage_3 = server.complete(prompts[:8], return_token_ids=True)
