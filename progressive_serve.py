@@ -215,7 +215,7 @@ def read_record(record) -> tuple[dict, list[list[memoryview]]]:
     end = bytes(record[: 1 << 24]).index(b"\n") + 1
     head, parts = json.loads(bytes(record[:end])), []
     sizes = head["sizes"]
-    if min(map(min, sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
+    if min(itertools.chain(*sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
         raise ValueError("the parts do not add up to the record")
     for row in sizes:
         parts.append([])

@@ -869,7 +869,7 @@ def read_record(record) -> tuple[dict, list[list[memoryview]]]:
     end = bytes(record[: 1 << 24]).index(b"\n") + 1
     head, parts = json.loads(bytes(record[:end])), []
     sizes = head["sizes"]
-    if min(map(min, sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
+    if min(itertools.chain(*sizes), default=0) < 0 or end + sum(map(sum, sizes)) != len(record):
         raise ValueError("the parts do not add up to the record")
     for row in sizes:
         parts.append([])
@@ -939,7 +939,7 @@ def deflate(part: np.ndarray) -> bytes:
 
 
 def pack_field(field: np.ndarray, bits: int) -> np.ndarray:
-    """Planar: the first bits of all bytes belong to the first weights, and so on."""
+    """Planar: the lowest bits of all bytes belong to the first weights, and so on."""
     rows = np.zeros((8 // bits, -(-len(field) * bits // 8)), np.uint8)
     rows.reshape(-1)[: len(field)] = field
     return np.bitwise_or.reduce(rows << np.arange(0, 8, bits, dtype=np.uint8)[:, None], axis=0)
@@ -1049,7 +1049,6 @@ class Planes:
 
     stages: list[PlaneStage]
     weights: int = 0  # in matrices that are coded
-    coded_bytes: int = 0  # that code them, in all stages
     escapes: int = 0
     plain_bytes: int = 0  # of tensors that are stored as they are
     coded: set[str] = field(default_factory=set)  # names of the matrices
@@ -1140,7 +1139,6 @@ def code_planes(source: Source, bits: list[int | str], folder: Path | None) -> P
                     stage.squares += error
                 planes.coded.add(name)
                 planes.weights += len(weights)
-                planes.coded_bytes += sum(map(len, records))
                 planes.escapes += escapes
                 planes.squares += squares[0]
             else:

@@ -56,7 +56,7 @@ def records_of(weights: np.ndarray, dtype: str, bits: list) -> list[memoryview]:
         return list(map(memoryview, prune_and_split.code_matrix(weights, tensor, known, pool)[0]))
 
 
-@pytest.mark.parametrize("bits", [[1, 2, "rest"], [3, "rest"], [5, "rest"], [1, 1, 1, 1, 1, 1, "rest"]], ids=str)
+@pytest.mark.parametrize("bits", [[1, 2, "rest"], [3, "rest"], [5, 2, "rest"], [1, 1, 1, 1, 1, 1, "rest"]], ids=str)
 @pytest.mark.parametrize("dtype", MANTISSAS)
 @pytest.mark.parametrize(
     "kind", ["every pattern", "like trained weights", "any", "all zero", "all equal", "subnormal", "one"]
