@@ -283,7 +283,7 @@ class Planes:
     """Kind `planes`: a stage adds mantissa bits to every matrix; what is stored as it is comes whole, with stage 1.
 
     Missing bits stand at their middle, so a stage that is being added makes one weight after the other better, and the
-    model can be served meanwhile. Vllm's loaders take whole tensors: the stages before are read again, from the buffer.
+    model can be served meanwhile. vLLM's loaders take whole tensors: the stages before are read again, from the buffer.
     """
 
     bits: int | str  # that this stage adds, or "rest"
