@@ -779,8 +779,25 @@ def gaps_at_transitions(streams: list[list[float]], timeline: list[dict]) -> lis
     return rows
 
 
-def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) -> tuple[list[dict], dict, list[dict]]:
-    """follow_stages() while streams of tokens run. Returns (its rows, /progress, a row per transition)."""
+def gaps_between_transitions(streams: list[list[float]], timeline: list[dict]) -> dict | None:
+    """The largest gap beside the median, while all streams ran and weights arrived, but for the transitions' own gaps.
+
+    None where there is no such time.
+    """
+    pauses = [event for event in timeline if event["event"] == "active" and "pause" in event]
+    windows = [(event["seconds"] - event["pause"], event["seconds"] + GAP_WINDOW) for event in pauses]
+    begin = max((stream[0] for stream in streams if stream), default=math.inf)
+    end = max((first for first, _ in windows), default=-math.inf)
+    gaps = [
+        after - before
+        for before, after in itertools.chain.from_iterable(map(itertools.pairwise, streams))
+        if begin <= before and after <= end and not any(after > first and before < last for first, last in windows)
+    ]
+    return {"largest_gap": max(gaps), "median_gap": statistics.median(gaps)} if gaps else None
+
+
+def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) -> tuple[list[dict], dict, dict]:
+    """follow_stages() while streams of tokens run. Returns (its rows, /progress, gaps at and between transitions)."""
     ended = threading.Event()
     with ThreadPoolExecutor(args.watch_gaps) as pool:
         watching = [pool.submit(watch_tokens, url, args.checkpoint, n, ended) for n in range(args.watch_gaps)]
@@ -797,7 +814,8 @@ def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) 
             again = list(pool.map(lambda prompt: ask(url, prompt, max_tokens=1), prompts))
             gap["recompute"] = max(one["token_at"] for one in again) - min(one["asked"] for one in again)
             gap["beyond_recompute"] = gap["largest_gap"] - gap["recompute"]
-    return rows, progress, gaps
+        between = gaps_between_transitions(streams, progress["timeline"])
+    return rows, progress, {"gaps": gaps, "between": between}
 
 
 # ---- steps of a start -------------------------------------------------------------------------------
@@ -870,7 +888,8 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
         if is_progressive(mode):
             start = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
             if args.watch_gaps:
-                row["answers"], progress, row["gaps"] = watch_gaps(server, url, args, start)
+                row["answers"], progress, gaps = watch_gaps(server, url, args, start)
+                row |= gaps
             else:
                 row["answers"], progress = follow_stages(server, url, args.prompt, start, silent=not args.stretch)
             row |= describe_progress(progress, ttft)
@@ -944,17 +963,24 @@ def sequential_mbps(args: argparse.Namespace, mbps: float, procs: Path | None) -
 def loader_alone_mbps(args: argparse.Namespace) -> float:
     """What the reader process of progressive_serve.py reads of the cold stage 1 when nothing else runs, in MB/s."""
     drop_cache(args.checkpoint, not args.unverified_cold)
-    memory = os.memfd_create("bench-coldstart")
+    memory, at = os.memfd_create("bench-coldstart"), {}
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
-        job = {"parent": os.getpid(), "scratch": ""}
+        job = {"parent": os.getpid(), "scratch": "", "window": 1 << 62, "limit_mbps": 0.0}
         job |= {"root": str(args.checkpoint), "source": str(args.checkpoint), "keep": "", "journal": str(journal)}
-        job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "window": 1 << 62, "hold_stage": 1, "limit_mbps": 0.0}
+        job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "start_stage": 1, "hold_stage": 1}
+        reader = subprocess.Popen([sys.executable, str(SERVER), "_read", json.dumps(job)])
         try:
-            subprocess.run([sys.executable, str(SERVER), "_read", json.dumps(job)], check=True)
+            while "resident" not in at and "error" not in at and reader.poll() is None:
+                time.sleep(0.1)
+                lines = journal.read_text().splitlines() if journal.exists() else []
+                at = {row["event"]: row["at"] for row in map(json.loads, lines)}
         finally:
+            reader.kill()
+            reader.wait()
             os.close(memory)
-        at = {row["event"]: row["at"] for row in map(json.loads, journal.read_text().splitlines())}
+    if "resident" not in at:
+        raise UsageError(f"the reader could not read {args.checkpoint}: see above")
     return stage_bytes(args.checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
 
 
@@ -1168,6 +1194,8 @@ def print_gaps(trials: list[dict]) -> None:
             f" {gap['largest_gap']:.3f} s (median {gap['median_gap']:.3f}); paused {gap['pause']:.3f} s,"
             f" {sum(gap['tokens'])} tokens of {len(gap['tokens'])} streams recomputed in {gap['recompute']:.3f} s"
         )
+    for mode, gap in [(trial["mode"], trial["between"]) for trial in trials if trial.get("between")]:
+        print(f"{mode}, between transitions: largest gap {gap['largest_gap']:.3f} s (median {gap['median_gap']:.3f})")
 
 
 def print_answers(trials: list[dict]) -> None:

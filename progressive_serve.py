@@ -99,6 +99,9 @@ OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
 GROWTH_SECONDS = 10.0  # how long a folder that is being copied to its place may stand still
 STILL_SECONDS = 1.0  # how long a file has to stand still before it is worth reading again
 NEVER = (1 << 63) - 1  # largest int64
+ALIGNMENT = 64  # bytes; of decoded tensors, for vector instructions
+DECODED_AHEAD = 64 << 20  # bytes that may be decoded of a later stage before the workers take them
+DECODER_NICENESS = 10  # imports and running requests go first
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
 CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
@@ -165,7 +168,7 @@ class Layers:
     layers: tuple[int, ...]  # numbered from 0
 
     ARCHITECTURES = LAYERS_ARCHITECTURES
-    NEEDS_EARLIER = False  # whether the bytes of the stages before are needed again
+    FILLS_ANEW = False  # whether each stage brings every tensor again; then the stages before are needed for it
 
     @classmethod
     def from_row(cls, row: dict) -> "Layers":
@@ -178,14 +181,14 @@ class Layers:
         if sorted(layer for stage in stages for layer in stage.layers) != list(range(num_layers)):
             raise ValueError(f"the stages do not add up to {num_layers} layers")
 
+    @staticmethod
+    def decoded_bytes(manifest: dict) -> int:
+        """What the tensors take at most that are made from the files; 0: they are in there as they are."""
+        return 0
+
     def absent_layers(self) -> tuple[int, ...]:
         """The layers that the model does without until this stage is active."""
         return self.layers
-
-    @staticmethod
-    def weights(records: list[Iterator[tuple[str, "torch.Tensor"]]]) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """The weights that stages add, in the order of the forward pass, from what each stage's files hold."""
-        return heapq.merge(*records, key=lambda record: forward_position(record[0]))
 
     def as_dict(self) -> dict:
         """For GET /progress."""
@@ -246,12 +249,15 @@ def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: 
     out &= out.dtype.type(1 << out.itemsize * 8 - 1 | 127 << shift)
     out += out.dtype.type((base << mantissa) + middle)
     for (bits, above), part in zip(itertools.chain(*list_fields(known)), parts[2:], strict=True):
-        packed = inflate(part, -(-count * bits // 8)).astype(out.dtype)
+        packed = inflate(part, -(-count * bits // 8))
         low = mantissa - above - bits  # place of the field's lowest bit
+        if low + bits > 8:
+            packed = packed.astype(out.dtype)
         for row in range(8 // bits):
             place = out[row * len(packed) : (row + 1) * len(packed)]
             moved = packed << low - bits * row if low > bits * row else packed >> bits * row - low
-            place |= moved[: len(place)] & ((1 << bits) - 1 << low)
+            moved &= (1 << bits) - 1 << low
+            place |= moved[: len(place)]
     places = np.frombuffer(parts[1], "<u4", len(parts[1]) // (4 + out.itemsize))
     if len(places) and places.max() >= count:
         raise ValueError("an escape lies outside of its chunk")
@@ -283,13 +289,13 @@ class Planes:
     """Kind `planes`: a stage adds mantissa bits to every matrix; what is stored as it is comes whole, with stage 1.
 
     Missing bits stand at their middle, so a stage that is being added makes one weight after the other better, and the
-    model can be served meanwhile. vLLM's loaders take whole tensors: the stages before are read again, from the buffer.
+    model can be served meanwhile. vLLM's loaders take whole tensors: the Decoder makes them, of all planes so far.
     """
 
     bits: int | str  # that this stage adds, or "rest"
 
     ARCHITECTURES = PLANES_ARCHITECTURES
-    NEEDS_EARLIER = True
+    FILLS_ANEW = True
 
     @classmethod
     def from_row(cls, row: dict) -> "Planes":
@@ -301,36 +307,13 @@ class Planes:
         if stages[-1].bits != "rest":
             raise ValueError(f"the last stage adds {stages[-1].bits} bits, and not the rest")
 
+    @staticmethod
+    def decoded_bytes(manifest: dict) -> int:
+        files = manifest["source"]["files"].values()
+        return sum(row["bytes"] + ALIGNMENT * len(json.loads(row["header"])) for row in files)
+
     def absent_layers(self) -> tuple[int, ...]:
         return ()
-
-    @staticmethod
-    def weights(records: list[Iterator[tuple[str, "torch.Tensor"]]]) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """The weights at the precision of the last of these stages, from what the files of all of them hold."""
-        stage1, *later = records
-        ahead = [next(stage, None) for stage in later]
-        scratch = bytearray()  # for one matrix after the other: memory whose pages exist
-
-        def room(size: int) -> memoryview:
-            nonlocal scratch
-            scratch = scratch if len(scratch) >= size else bytearray(size)
-            return memoryview(scratch)[:size]
-
-        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for name, tensor in stage1:
-                if not name.endswith(RECORD):
-                    yield name, tensor
-                    continue
-                given = [number for number, record in enumerate(ahead) if record and record[0] == name]
-                parts = [memoryview(part.numpy()) for part in (tensor, *(ahead[number][1] for number in given))]
-                name = name.removesuffix(RECORD)
-                try:
-                    dtype, patterns = join_planes(parts, room, pool.map)
-                except (ValueError, KeyError, TypeError, IndexError, zstandard.ZstdError) as error:
-                    raise ValueError(f"the planes of {name} are damaged: {error}") from error
-                yield name, torch.from_numpy(patterns.view(f"i{patterns.itemsize}")).view(DTYPES[dtype])
-                for number in given:  # only now: what is asked for next takes the place of what there was
-                    ahead[number] = next(later[number], None)
 
     def as_dict(self) -> dict:
         """For GET /progress."""
@@ -349,6 +332,7 @@ class StageFile:
     name: str  # a plain name inside the checkpoint
     bytes: int
     blake3: str
+    records: dict[str, str] = field(default_factory=dict, hash=False)  # of planes, by name: blake3
 
 
 @dataclass(frozen=True)
@@ -370,6 +354,7 @@ class Plan:
 
     root: Path  # of the manifest, the configuration and the tokenizer
     stages: tuple[Stage, ...]
+    decoded_bytes: int = 0  # at most, of all tensors, where they are made from what the files hold; see Decoder
 
     @property
     def num_stages(self) -> int:
@@ -383,14 +368,6 @@ class Plan:
     def files(self) -> list[StageFile]:
         """Every stage file, in the order in which they are read."""
         return [file for stage in self.stages for file in stage.files]
-
-    def weights(self, stages: tuple[Stage, ...], records_of: Callable[[StageFile], Iterator]) -> Iterator:
-        """(name, tensor) of what stages add, in the order of the forward pass.
-
-        records_of(file) gives what a file holds, as (name, tensor).
-        """
-        needed = self.stages[: stages[-1].number] if self.kind.NEEDS_EARLIER else stages
-        return self.kind.weights([itertools.chain.from_iterable(map(records_of, stage.files)) for stage in needed])
 
     def absent_layers(self, stage: int) -> list[int]:
         """Layers that are still missing when `stage` is active."""
@@ -425,8 +402,9 @@ def read_plan(checkpoint: str | Path) -> Plan:
             raise ValueError("stages are not numbered 1, 2, ...")
         if len(kinds := {type(stage.adds) for stage in stages}) > 1:
             raise ValueError("stages are of several kinds")
-        kinds.pop().check([stage.adds for stage in stages], manifest["num_layers"])
-        plan = Plan(root, stages)
+        (kind,) = kinds
+        kind.check([stage.adds for stage in stages], manifest["num_layers"])
+        plan = Plan(root, stages, kind.decoded_bytes(manifest))
         check_config(plan, manifest["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -463,7 +441,10 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
     """One manifest row; a kind of stage that this server cannot serve is an error, not a guess."""
     if row["kind"] not in KINDS:
         raise ValueError(f"stage {row['stage']} is of unknown kind {row['kind']!r}")
-    files = tuple(StageFile(entry["name"], int(entry["bytes"]), entry["blake3"]) for entry in row["files"])
+    files = tuple(
+        StageFile(entry["name"], int(entry["bytes"]), entry["blake3"], entry.get("records", {}))
+        for entry in row["files"]
+    )
     for file in files:
         if file.name != os.path.basename(file.name) or file.name in ("", ".", ".."):
             raise UsageError(
@@ -766,7 +747,7 @@ class FirstStage:
 def decide_first_stage(serving: ServingPlan, resident: int, streams: bool, ranks: int) -> FirstStage:
     """All that has arrived is bound first; it is served first, unless users asked for more.
 
-    resident: the most complete stage that has arrived. streams: whether the forward pass can wait for its weights.
+    resident: the most complete stage that there is. streams: whether the forward pass can wait for its weights.
     """
     bind = max(1, min(resident, serving.start_stage))
     serve = max(bind, serving.min_stage)
@@ -805,6 +786,9 @@ class Journal:
         "resident": ("reader", ("stage",)),  # all bytes have arrived and are verified
         "not cached": ("reader", ("file", "reason")),
         "imported": ("server", ()),  # torch and vLLM
+        "offered": ("decoder", ("stage",)),  # what workers bind next; its tensors are there or being made
+        "tensor": ("decoder", ("stage", "name", "dtype", "shape", "begin", "end")),  # is made, and where it lies
+        "decoded": ("decoder", ("stage",)),  # there are no more tensors
         "model created": ("worker", ("rank",)),  # and empty
         "binding": ("worker of rank 0", ("stage", "serve", "streamed", "ranks")),  # the decision, see FirstStage
         "bound": ("worker", ("stage", "rank")),
@@ -855,6 +839,11 @@ class Arrivals:
     start: float = 0.0  # of the server's process
     read: dict[str, int] = field(default_factory=dict)  # file name -> bytes that have arrived
     resident: set[int] = field(default_factory=set)  # stages that have arrived and passed their checks
+    offered: list[int] = field(default_factory=list)  # stages that the decoder has offered, in this order
+    tensors: dict[int, list[dict]] = field(default_factory=lambda: collections.defaultdict(list))  # made, by stage
+    decoded: set[int] = field(default_factory=set)  # stages whose tensors are all made
+    created: bool = False  # whether a worker has an empty model
+    bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     first: FirstStage | None = None  # once it is decided
     error: str | None = None  # the first one
     spoilt: int | None = None  # the first stage that an error keeps from being served
@@ -870,6 +859,16 @@ class Arrivals:
             self.read[fields["file"]] = fields["bytes"]
         elif event == "resident":
             self.resident.add(fields["stage"])
+        elif event == "offered":
+            self.offered.append(fields["stage"])
+        elif event == "tensor":
+            self.tensors[fields.pop("stage")].append(fields)
+        elif event == "decoded":
+            self.decoded.add(fields["stage"])
+        elif event == "model created":
+            self.created = True
+        elif event == "bound":
+            self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
         elif event == "binding":
             self.first = FirstStage(fields["stage"], fields["serve"], fields["streamed"], fields["ranks"])
         elif event == "error":
@@ -879,6 +878,11 @@ class Arrivals:
     def resident_stage(self) -> int:
         """The most complete stage whose bytes have all arrived."""
         return stages_in_a_row(self.resident.__contains__)
+
+    def available_stage(self) -> int:
+        """The most complete stage for which the workers need nothing more of the reader process."""
+        decoded = max(self.decoded, default=0) if self.plan.decoded_bytes else self.plan.num_stages
+        return min(self.resident_stage(), decoded)
 
     def seconds_until_resident(self, stage: int) -> float:
         """Until the last byte of `stage` has arrived, at the pace so far."""
@@ -894,7 +898,6 @@ class Progress(Arrivals):
     """What has been made of it, and GET /progress tells: all that a server goes by."""
 
     serving: ServingPlan = field(kw_only=True)
-    bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     ready: bool = False  # whether the server listens
     active_stage: int = 0  # whose gates are open; it may still be arriving. 0 before there is one
     complete_at: dict[int, float] = field(default_factory=dict)  # stage -> when it was active with all its weights
@@ -902,11 +905,9 @@ class Progress(Arrivals):
 
     def fold_one(self, event: str, at: float, **fields) -> None:
         super().fold_one(event, at, **fields)
-        if event == "read":  # several a second: not part of the timeline
+        if event in ("read", "tensor"):  # several a second: not part of the timeline
             return
-        if event == "bound":
-            self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
-        elif event == "ready":
+        if event == "ready":
             self.ready = True
         elif event == "active":
             self.active_stage = fields["stage"]
@@ -973,16 +974,22 @@ class WeightBuffer:
     goes back to the system at once, so reading ahead and binding together hold the model about once.
     """
 
-    RELEASED, CACHE, WORKERS = 0, 1, 2  # rows of the marks: how many bytes of each file are given back, or done with
+    # Rows of the marks: how many bytes of each place are given back, or done with.
+    RELEASED, CACHE, DECODER, WORKERS = 0, 1, 2, 3
 
     def __init__(self, path: str, plan: Plan):
-        self.columns = {file.name: column for column, file in enumerate(plan.files)}
+        sizes = {file.name: file.bytes for file in plan.files}
+        self.read = len(sizes)  # the first columns: what is read; then what is decoded of each stage
+        if plan.decoded_bytes:
+            sizes |= {stage.number: plan.decoded_bytes for stage in plan.stages}
+        self.bound = slice(self.read if plan.decoded_bytes else 0, len(sizes))  # columns that workers take tensors from
+        self.columns = {name: column for column, name in enumerate(sizes)}
         rows = self.WORKERS + MAX_WORKERS
         self.places, end = {}, round_up(rows * len(self.columns) * 8, mmap.PAGESIZE)
         marks_end = end
-        for file in plan.files:
-            self.places[file.name] = (end, end + file.bytes)
-            end += round_up(file.bytes, mmap.PAGESIZE)  # aligned, as the tensors in the file are
+        for name, size in sizes.items():
+            self.places[name] = (end, end + size)
+            end += round_up(size, mmap.PAGESIZE)  # aligned, as the tensors in the file are
         with open(path, "r+b") as memory:
             if os.fstat(memory.fileno()).st_size == 0:
                 memory.truncate(end)
@@ -992,37 +999,110 @@ class WeightBuffer:
 
     def lay_out(self, cache: bool) -> None:
         """By the maker, once: note who will be done with bytes. cache: whether the reader's copies are among them."""
-        for row in self.marks[self.WORKERS + 1 :] + ([] if cache else [self.marks[self.CACHE]]):
-            row[:] = array.array("q", [NEVER] * len(row))
+        done = {self.CACHE: slice(0, self.read if cache else 0), self.DECODER: slice(0, self.bound.start)}
+        for number, row in enumerate(self.marks[self.CACHE :], self.CACHE):
+            expected = set(range(len(row))[done.get(number, slice(0, 0))])
+            row[:] = array.array("q", [0 if column in expected else NEVER for column in range(len(row))])
+        self.expect(workers=1)
 
     def expect(self, workers: int) -> None:
         """Keep everything until that many workers are done with it."""
         for row in self.marks[self.WORKERS : self.WORKERS + workers]:
-            if row[0] == NEVER:
-                row[:] = array.array("q", [0] * len(row))
+            for column in range(len(row))[self.bound]:
+                row[column] = 0 if row[column] == NEVER else row[column]
 
-    def place_of(self, file: StageFile) -> memoryview:
-        begin, end = self.places[file.name]
+    def place_of(self, name: str | int) -> memoryview:
+        """Of a stage file, or of what is decoded of a stage."""
+        begin, end = self.places[name]
         return memoryview(self.memory)[begin:end]
 
-    def release(self, file: StageFile, end: int, consumer: int) -> None:
-        """`consumer` is done with the first `end` bytes of `file`; what all are done with goes back to the system."""
-        column, begin = self.columns[file.name], self.places[file.name][0]
+    def release(self, name: str | int, end: int, consumer: int) -> None:
+        """`consumer` is done with the first `end` bytes of a place; what all are done with goes back to the system."""
+        column, begin = self.columns[name], self.places[name][0]
         self.marks[consumer][column] = end
         done = min(row[column] for row in self.marks[self.CACHE :])
         free, until = self.marks[self.RELEASED][column], done - done % mmap.PAGESIZE
         if until > free:
-            with contextlib.suppress(OSError):  # gVisor cannot: there the bytes stay until the server ends
-                self.memory.madvise(mmap.MADV_REMOVE, begin + free, until - free)
+            self.give_back(begin + free, until - free)
             self.marks[self.RELEASED][column] = until
 
+    def give_back(self, begin: int, size: int) -> None:
+        with contextlib.suppress(OSError):  # gVisor cannot: there the bytes stay until the server ends
+            self.memory.madvise(mmap.MADV_REMOVE, begin, size)
+
+    def clear(self, stage: int) -> None:
+        """Give back what was decoded of a stage, and nobody has been told of."""
+        begin, end = self.places[stage]
+        self.give_back(begin, round_up(end - begin, mmap.PAGESIZE))
+
     def released(self) -> int:
-        """Bytes that have gone back to the system, as far as it takes them."""
-        return sum(self.marks[self.RELEASED])
+        """Bytes read that have gone back to the system, as far as it takes them."""
+        return sum(self.marks[self.RELEASED][: self.read])
+
+    def taken(self, stage: int) -> int:
+        """Bytes decoded of a stage that have gone back to the system."""
+        return self.marks[self.RELEASED][self.columns[stage]]
 
 
 def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+class Inflow:
+    """What arrives in the buffer, for one of those who take it from there."""
+
+    def __init__(self, plan: Plan, journal: str, buffer: str, consumer: int):
+        self.plan, self.consumer = plan, consumer
+        self.journal, self.buffer, self.arrivals = Journal(journal), WeightBuffer(buffer, plan), Arrivals(plan)
+        self.following = threading.Lock()  # the binding thread and an engine step may both wait
+
+    def follow(self) -> None:
+        with self.following:
+            self.arrivals.fold(self.journal.follow())
+
+    def wait(self, arrived: Callable[[Arrivals], bool], stage: int) -> None:
+        """Wait until arrived(arrivals). Raises RuntimeError for an error that is reported and spoils `stage`."""
+        while True:
+            self.follow()
+            if arrived(self.arrivals):
+                return
+            if self.arrivals.error and self.arrivals.spoilt <= stage:
+                raise RuntimeError(self.arrivals.error)
+            time.sleep(POLL_SECONDS)
+
+    def wait_resident(self, stage: int) -> None:
+        self.wait(lambda arrivals: arrivals.resident_stage() >= stage, stage)
+
+    def tensors_of(self, stage: Stage, keep: bool = False) -> Iterator[tuple[str, str, list[int], memoryview]]:
+        """(name, dtype, shape, bytes) of the tensors in a stage's files, each as soon as it is here.
+
+        Unless they are kept, bytes are gone when the next are asked for.
+        """
+        for file in stage.files:
+            for name, entry, first, last in self.entries_of(file, stage.number):
+                yield name, entry["dtype"], entry["shape"], self.buffer.place_of(file.name)[first:last]
+                if not keep:
+                    self.buffer.release(file.name, last, self.consumer)
+
+    def entries_of(self, file: StageFile, stage: int) -> Iterator[tuple[str, dict, int, int]]:
+        """(name, entry of the header, first byte, last) of the tensors of a safetensors file, each when it is here.
+
+        Such a file is the length of its header, the header in JSON, the data.
+        """
+
+        def wait_bytes(count: int) -> None:
+            self.wait(lambda arrivals: arrivals.read.get(file.name, 0) >= count, stage)
+
+        place = self.buffer.place_of(file.name)
+        wait_bytes(8)
+        begin = 8 + int.from_bytes(place[:8], "little")
+        wait_bytes(begin)
+        header = json.loads(bytes(place[8:begin]))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = (begin + offset for offset in entry["data_offsets"])
+            wait_bytes(last)
+            yield name, entry, first, last
 
 
 # ---- reader: storage is never idle (reader) ---------------------------------------------------------
@@ -1040,6 +1120,7 @@ class ReadJob:
     journal: str
     buffer: str
     window: int  # bytes that may lie in the buffer
+    start_stage: int
     hold_stage: int
     limit_mbps: float
 
@@ -1087,7 +1168,7 @@ class StageReader:
         """
         from blake3 import blake3  # here: only the reader needs it
 
-        location, path, place = self.location, self.location.path_of(file), self.buffer.place_of(file)
+        location, path, place = self.location, self.location.path_of(file), self.buffer.place_of(file.name)
         from_cache = bool(location.keep) and path == location.copy_of(file)
         copied = location.keep and not from_cache
         copy = CacheCopy(Path(location.keep), file, self.buffer, self.journal) if copied else None
@@ -1109,7 +1190,7 @@ class StageReader:
         if copy:
             self.writer.submit(copy.close, verified)
         elif from_cache:
-            self.buffer.release(file, file.bytes, self.buffer.CACHE)
+            self.buffer.release(file.name, file.bytes, self.buffer.CACHE)
         if not verified and from_cache:
             with contextlib.suppress(OSError):  # a cache that can only be read
                 os.unlink(path)
@@ -1270,7 +1351,7 @@ class CacheCopy:
 
     def __init__(self, folder: Path, file: StageFile, buffer: WeightBuffer, journal: Journal):
         self.path, self.file, self.buffer, self.journal = folder / file.name, file, buffer, journal
-        self.place = buffer.place_of(file)
+        self.place = buffer.place_of(file.name)
         self.partial: io.FileIO | None = None  # while this server writes it
         with self.giving_up_on_errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -1298,7 +1379,7 @@ class CacheCopy:
         with self.giving_up_on_errors():
             while begin < end and self.partial:
                 begin += self.partial.write(self.place[begin:end])
-        self.buffer.release(self.file, end, self.buffer.CACHE)
+        self.buffer.release(self.file.name, end, self.buffer.CACHE)
 
     def close(self, verified: bool) -> None:
         if not self.partial:
@@ -1309,6 +1390,164 @@ class CacheCopy:
                 os.rename(self.partial.name, self.path)
             else:
                 os.unlink(self.partial.name)
+
+
+# ---- decoder: planes become tensors, ahead of the workers (decoder) ----------------------------------
+
+
+class Decoder(Inflow):
+    """Makes the tensors of stages of planes, in the buffer, once for all workers.
+
+    It begins with the bytes, on a core that is idle while the server imports, and with what has arrived: when more has
+    before a worker has a model, it begins again. From then on it offers one stage after the other, the next as it
+    arrives or, if that does not take longer, a better one; and no more of it is made than the workers are about to
+    take. What they take then gets into what is served, so each record is verified before.
+    """
+
+    def __init__(self, job: ReadJob, plan: Plan):
+        super().__init__(plan, job.journal, job.buffer, WeightBuffer.DECODER)
+        self.start_stage, self.hold_stage = job.start_stage, job.hold_stage
+        self.stage = 0  # that is being decoded
+        self.busy = self.begun = 0.0  # seconds that decoding it has taken, without waiting; when the last tensor began
+
+    def run(self) -> None:
+        try:
+            import_for_decoding()
+            with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                while self.stage < self.hold_stage:
+                    self.stage = self.due()
+                    self.decode(pool.map)
+        except RuntimeError:  # that somebody has reported
+            return
+        except Exception as error:
+            with contextlib.suppress(RuntimeError):  # a wrong checksum says more than the error that it has led to
+                stage = max(1, self.stage)
+                self.wait_resident(stage)
+                self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
+
+    def due(self) -> int:
+        """The stage to be decoded. While no worker has a model: the most complete that has arrived, or the first.
+
+        Then the next; or a better one, if that will be here within the time that it takes to decode both, which beside
+        requests is twice what it is alone.
+        """
+        if not self.arrivals.offered:
+            return max(1, min(self.arrivals.resident_stage(), self.start_stage))
+        later = range(self.stage + 1, self.hold_stage + 1)
+        soon = [stage for stage in later if self.arrivals.seconds_until_resident(stage) <= 4 * self.busy]
+        return max([*later[:1], *soon])
+
+    def follow(self) -> None:
+        super().follow()
+        if self.arrivals.created and self.stage and not self.arrivals.offered:
+            self.offer()
+
+    def offer(self) -> None:
+        self.journal.mark("offered", stage=self.stage)
+        super().follow()
+
+    def decode(self, run: Callable) -> None:
+        """Make the tensors of a stage; returns early when a better one is to be made instead."""
+        memory, is_first = self.buffer.place_of(self.stage), not self.arrivals.offered
+        begin = end = 0
+        self.busy = 0.0
+
+        def room(size: int) -> memoryview:
+            nonlocal begin, end
+            begin = round_up(end, ALIGNMENT)
+            end = begin + size
+            if end > len(memory):
+                raise ValueError("more tensors than the manifest has")
+            self.wait(lambda _: is_first or begin - self.buffer.taken(self.stage) <= DECODED_AHEAD, self.stage)
+            self.begun = time.monotonic()
+            return memory[begin:end]
+
+        if not is_first:
+            self.offer()
+        for name, dtype, shape in self.tensors(room, run, verify=not is_first):
+            where = {"begin": begin, "end": end}
+            self.journal.mark("tensor", stage=self.stage, name=name, dtype=dtype, shape=shape, **where)
+            self.follow()
+            if self.is_overtaken():
+                return self.buffer.clear(self.stage)
+        self.journal.mark("decoded", stage=self.stage)
+        self.wait(lambda arrivals: self.stage in arrivals.bound or self.is_overtaken(), self.stage)
+        if self.is_overtaken():
+            self.buffer.clear(self.stage)
+
+    def is_overtaken(self) -> bool:
+        """Whether something better than what nobody has been offered yet can be made."""
+        return not self.arrivals.offered and self.due() > self.stage
+
+    def tensors(self, room: Callable, run: Callable, verify: bool) -> Iterator[tuple[str, str, list[int]]]:
+        """Make one tensor after the other, of all planes so far: (name, dtype, shape). room, run: see join_planes."""
+        checksums = collections.ChainMap(*(file.records for file in self.plan.stages[self.stage - 1].files))
+        keep = self.stage < self.hold_stage
+        stage1, *later = (self.tensors_of(stage, keep) for stage in self.plan.stages[: self.stage])
+        for name, dtype, shape, data in stage1:
+            if name.endswith(RECORD):
+                records = [data, *(record_of(name, records) for records in later)]
+                if verify and blake3(records[-1]).hexdigest() != checksums[name]:
+                    raise ValueError(f"{name}: blake3 checksum differs from progressive.json")
+                name = name.removesuffix(RECORD)
+                try:
+                    dtype, patterns = join_planes(records, room, run)
+                except (ValueError, KeyError, TypeError, IndexError, zstandard.ZstdError) as error:
+                    raise ValueError(f"the planes of {name} are damaged: {error}") from error
+                shape = list(patterns.shape)
+                self.busy += time.monotonic() - self.begun
+            else:
+                room(len(data))[:] = data
+            yield name, dtype, shape
+        for records in later:
+            if next(records, None):
+                raise ValueError("a stage has more tensors than stage 1")
+
+
+def record_of(name: str, records: Iterator[tuple]) -> memoryview:
+    """The next record, which has to be that of a matrix: every stage has one of each, in the same order."""
+    found, _, _, data = next(records, (None, None, None, None))
+    if found != name:
+        raise ValueError(f"{found} stands where {name} is expected")
+    return data
+
+
+def import_for_decoding() -> None:
+    """The reader does without these, and begins at once."""
+    global blake3, np, zstandard
+    import numpy as np
+    import zstandard
+    from blake3 import blake3
+
+
+def start_decoder(job: ReadJob, plan: Plan) -> threading.Thread:
+    """Start the decoder in a process of its own, before there are threads; returns the thread that waits for its end.
+
+    Its own process, so that the reader never waits for its turn to run Python.
+    """
+    process = multiprocessing.get_context("fork").Process(target=run_decoder, args=(job, plan, os.getpid()))
+    process.start()
+
+    def wait() -> None:
+        process.join()
+        if process.exitcode:
+            os._exit(1)  # it was killed: so that this is noticed as when the reader is
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    return waiting
+
+
+def run_decoder(job: ReadJob, plan: Plan, reader: int) -> None:
+    """The decoder process: ends with the reader, whose process id is given."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != reader:
+        os._exit(1)
+    os.nice(DECODER_NICENESS)
+    Decoder(job, plan).run()
+
+
+# ---- the reader process (reader) ---------------------------------------------------------------------
 
 
 def end_with_server(job: ReadJob) -> None:
@@ -1324,9 +1563,13 @@ def end_with_server(job: ReadJob) -> None:
 
 def run_reader(job: ReadJob) -> int:
     """The reader process. Returns its exit status; where there is a scratch folder it stays as long as the server."""
+    reader = StageReader(job)
+    decoding = start_decoder(job, reader.plan) if reader.plan.decoded_bytes else None
     guard = threading.Thread(target=end_with_server, args=(job,), daemon=True)
     guard.start()
-    status = StageReader(job).run()
+    status = reader.run()
+    if decoding:
+        decoding.join()
     if status == 0 and os.path.isdir(job.scratch):
         guard.join()
     return status
@@ -1352,15 +1595,13 @@ class Launch:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
         _, stderr = self.reader.communicate()
         progress = self.progress()
-        resident = progress.resident_stage()
-        if self.closing or self.reader.returncode == 0 or resident == self.serving.hold_stage:
-            return  # once everything is resident, and verified, nobody needs it any more
+        if self.closing or self.reader.returncode == 0 or progress.available_stage() == self.serving.hold_stage:
+            return
         if not progress.error:
             reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]
-            text = (
-                f"the reader process stopped at stage {resident + 1} (exit status {self.reader.returncode}): {reason}"
-            )
-            self.journal.mark("error", text=text, stage=resident + 1)
+            stage = progress.available_stage() + 1
+            text = f"the reader process stopped at stage {stage} (exit status {self.reader.returncode}): {reason}"
+            self.journal.mark("error", text=text, stage=stage)
         if failure := self.start_failure():
             self.on_failure(failure)
 
@@ -1431,6 +1672,7 @@ def start_reading(
         journal=journal_path,
         buffer=buffer,
         window=window_of(plan),
+        start_stage=start_stage,
         hold_stage=hold_stage,
         limit_mbps=limit_mbps,
     )
@@ -1455,7 +1697,7 @@ def window_of(plan: Plan) -> int:
 
     On a CPU the parameters lie in the same memory and fill as the buffer empties. Planes are needed until the last.
     """
-    in_use = sum if is_built_for_cpu() or plan.kind.NEEDS_EARLIER else max
+    in_use = sum if is_built_for_cpu() or plan.kind.FILLS_ANEW else max
     return in_use(stage.bytes for stage in plan.stages) + (1 << 30)
 
 
@@ -1582,10 +1824,8 @@ if __name__ == "__main__":
 
 # ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
-import numpy as np
 import torch
 import vllm
-import zstandard
 from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
@@ -1910,69 +2150,46 @@ DTYPES = {
 }  # fmt: skip
 
 
-class StageSource:
+class StageSource(Inflow):
     """Hands out the tensors of a stage as their bytes arrive, straight from the weight buffer (no copy)."""
 
     def __init__(self, serving: ServingPlan, plan: Plan, rank: int, workers: int):
-        self.journal = Journal(serving.journal)
-        self.arrivals = Arrivals(plan)
-        self.buffer = WeightBuffer(serving.buffer, plan)
+        super().__init__(plan, serving.journal, serving.buffer, WeightBuffer.WORKERS + rank)
         self.buffer.expect(workers)
-        self.consumer = WeightBuffer.WORKERS + rank
-        self.hold_stage = serving.hold_stage
-        self.keeps = False  # the bytes that are handed out will be needed again
-        self.following = threading.Lock()  # the binding thread and an engine step may both wait
 
-    def wait(self, arrived: Callable[[Arrivals], bool]) -> None:
-        """Wait until arrived(arrivals). Raises RuntimeError when the reader reports an error."""
-        while True:
+    def next_stage(self, bound: int) -> int:
+        """What to bind after stage `bound`, 0 for none: what is offered next, or one that has arrived."""
+        if not self.plan.decoded_bytes:
             self.follow()
-            if arrived(self.arrivals):
-                return
-            if self.arrivals.error:
-                raise RuntimeError(self.arrivals.error)
-            time.sleep(POLL_SECONDS)
-
-    def wait_resident(self, stages: tuple[Stage, ...]) -> None:
-        self.wait(lambda arrivals: arrivals.resident >= {stage.number for stage in stages})
-
-    def resident_stage(self) -> int:
-        """The most complete stage whose bytes have all arrived."""
-        self.follow()
-        return self.arrivals.resident_stage()
-
-    def follow(self) -> None:
-        with self.following:
-            self.arrivals.fold(self.journal.follow())
+            return bound + 1 if bound else self.arrivals.resident_stage()
+        self.wait(lambda arrivals: max(arrivals.offered, default=0) > bound, bound + 1)
+        return next(stage for stage in self.arrivals.offered if stage > bound)
 
     def weights(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on the CPU) in the order of the forward pass, each as soon as its bytes are here.
 
         A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
         """
-        self.keeps = self.arrivals.plan.kind.NEEDS_EARLIER and stages[-1].number < self.hold_stage
-        return self.arrivals.plan.weights(stages, self.tensors_of)
+        if self.plan.decoded_bytes:
+            tensors = self.decoded(stages[-1].number)
+        else:
+            tensors = heapq.merge(*map(self.tensors_of, stages), key=lambda tensor: forward_position(tensor[0]))
+        for name, dtype, shape, data in tensors:
+            yield name, torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape)).view(shape)
 
-    def tensors_of(self, file: StageFile) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a safetensors file: the length of its header, the header in JSON, the data."""
+    def decoded(self, stage: int) -> Iterator[tuple[str, str, list[int], memoryview]]:
+        """The same as tensors_of(), of what the decoder makes."""
+        place, tensors = self.buffer.place_of(stage), self.arrivals.tensors[stage]
+        for passed_over in range(1, stage):
+            self.buffer.release(passed_over, self.plan.decoded_bytes, self.consumer)
 
-        def wait_bytes(count: int) -> None:
-            self.wait(lambda arrivals: arrivals.read.get(file.name, 0) >= count)
+        def wait_tensor(number: int) -> dict | None:
+            self.wait(lambda arrivals: len(tensors) > number or stage in arrivals.decoded, stage)
+            return tensors[number] if number < len(tensors) else None
 
-        place = self.buffer.place_of(file)
-        wait_bytes(8)
-        begin = 8 + int.from_bytes(place[:8], "little")
-        wait_bytes(begin)
-        header = json.loads(bytes(place[8:begin]))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = (begin + offset for offset in entry["data_offsets"])
-            wait_bytes(last)
-            dtype = DTYPES[entry["dtype"]]
-            flat = torch.frombuffer(place, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first)
-            yield name, flat.view(entry["shape"])
-            if not self.keeps:
-                self.buffer.release(file, last, self.consumer)
+        for tensor in itertools.takewhile(bool, map(wait_tensor, itertools.count())):
+            yield tensor["name"], tensor["dtype"], tensor["shape"], place[tensor["begin"] : tensor["end"]]
+            self.buffer.release(stage, tensor["end"], self.consumer)
 
 
 class Binding:
@@ -2001,10 +2218,12 @@ class Binding:
         self.verified = threading.Event()  # what was bound first has passed its checks, so there can be an output
         self.failure: str | None = None
         self.stage = 0  # that is active
+        self.filled = 0  # the last stage that activate() has filled, where it does
+        self.to_fill: list[int] = []  # what it fills: up to and with these stages
 
     def leave_empty(self) -> None:
         """Before vLLM's own post-processing."""
-        refilled = self.plan.kind.NEEDS_EARLIER and self.serving.hold_stage > 1
+        refilled = self.plan.kind.FILLS_ANEW and self.serving.hold_stage > 1
         rebound = linears(self.model.model) if refilled else self.adapters.modules_bound_anew()
         self.placing.leave_empty(rebound)
 
@@ -2019,19 +2238,22 @@ class Binding:
         try:
             with torch.no_grad(), self.placing.beside_the_engine():
                 first = self.agree_on_first_stage()
-                stages = self.plan.stages[: self.serving.hold_stage]
-                for together in (stages[: first.bind], *((stage,) for stage in stages[first.bind :])):
-                    number, served_at = together[0].number, max(together[-1].number, first.serve)
+                bound = 0
+                while bound < self.serving.hold_stage:
+                    number = bound + 1
+                    until = self.source.next_stage(bound) if bound else first.bind
+                    together, served_at = self.plan.stages[bound:until], max(until, first.serve)
                     self.adapters.prepare(served_at)
-                    into_what_is_served = self.verified.is_set() and self.plan.kind.NEEDS_EARLIER
-                    if into_what_is_served or not self.placing.fills_while_serving:
-                        self.source.wait_resident(together)  # not a byte that is not verified
-                    if self.placing.fills_while_serving:  # else activate() does it
+                    if self.placing.fills_while_serving:
                         self.fill(together, served_at)
+                    else:  # activate() will
+                        self.source.wait_resident(until)
+                        self.to_fill.append(until)
                     for stage in together:
                         self.journal.mark("bound", stage=stage.number, rank=self.rank)
                     self.verified.set()
                     give_back_memory()
+                    bound = until
             self.placing.finish()
         except Exception as error:
             failure = f"binding stopped: {error}"
@@ -2045,11 +2267,10 @@ class Binding:
     def agree_on_first_stage(self) -> FirstStage:
         """What to bind first. One worker decides, by what has arrived by now; the others follow it."""
         if self.rank == 0:
-            resident = self.source.resident_stage()
-            first = decide_first_stage(self.serving, resident, not self.graph_is_fixed, self.ranks)
+            first = decide_first_stage(self.serving, self.source.next_stage(0), not self.graph_is_fixed, self.ranks)
             fields = {"serve": first.serve, "streamed": first.streamed, "ranks": first.ranks}
             self.journal.mark("binding", stage=first.bind, **fields)
-        self.source.wait(lambda arrivals: arrivals.first)
+        self.source.wait(lambda arrivals: arrivals.first, 1)
         return self.source.arrivals.first
 
     def fill(self, stages: tuple[Stage, ...], served_at: int) -> None:
@@ -2070,7 +2291,7 @@ class Binding:
                         self.complete[part].set()
             self.check_whole(stages[-1].number)
         finally:
-            self.source.wait_resident(stages)  # a wrong checksum says more than the error that it has led to
+            self.source.wait_resident(stages[-1].number)  # a wrong checksum says more than the error that it has led to
 
     def arriving(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of stages, for who holds `placing.copying`, which others can have while this waits for bytes."""
@@ -2097,8 +2318,10 @@ class Binding:
     def activate(self, stage: int) -> None:
         """Make `stage` the one that is served: between two engine steps."""
         with torch.no_grad():
-            if not self.placing.fills_while_serving and self.stage < stage:
-                self.fill(self.plan.stages[self.stage : stage], stage)
+            if not self.placing.fills_while_serving and self.filled < stage:
+                until = next(until for until in self.to_fill if until >= stage)
+                self.fill(self.plan.stages[self.filled : until], stage)
+                self.filled = until
             self.adapters.swap(stage)
         absent = self.plan.absent_layers(stage)
         if self.stage == 0 and not self.graph_is_fixed:
@@ -2362,10 +2585,10 @@ class PackedLinear:
         """Whether the module computes with a packed copy; vLLM knows none on some processors."""
         return self.module.weight is not self.weight
 
-    def unpack(self) -> None:
-        """Give the module a full, unpacked weight again, for vLLM's weight loaders."""
+    def unpack(self, room: torch.Tensor | None = None) -> None:
+        """Give the module a full, unpacked weight again, for vLLM's weight loaders; in `room`, where that is given."""
         if self.is_packed():
-            self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype)
+            self.weight.data = torch.zeros(self.shape, dtype=self.weight.dtype) if room is None else room
             self.module.weight = self.weight
 
     def packed_beside(self) -> Callable:
@@ -2430,23 +2653,23 @@ class Packed(Placing):
         """Requests may run while a part is filled again: a packed module does not look at its `weight`."""
         if part is self.model.model.norm:
             self.unpack_head()
-        elif part not in self.filled:
-            self.make_room([linear.weight for linear in linears(part)])
-        else:
+        elif part in self.filled:
             self.again = [self.packed[module] for module in linears(part) if self.packed[module].is_packed()]
-            for linear in self.again:
-                linear.unpack()
-            self.make_room([linear.weight for linear in self.again])
+            for linear, room in zip(self.again, self.rooms([linear.shape for linear in self.again]), strict=True):
+                linear.unpack(room)
+        else:
+            weights = [linear.weight for linear in linears(part)]
+            for weight, room in zip(weights, self.rooms([weight.shape for weight in weights]), strict=True):
+                weight.data = weight.data if room is None else room
 
-    def make_room(self, weights: list[nn.Parameter]) -> None:
-        """Let the weights of a layer that will be packed lie in one scratch for all layers, whose pages exist."""
-        if not weights or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
-            return
-        sizes = [weight.numel() for weight in weights]
+    def rooms(self, shapes: list[torch.Size]) -> list[torch.Tensor | None]:
+        """For the weights of a layer that will be packed: one scratch for all layers, whose pages exist."""
+        if not shapes or current_platform.is_zen_cpu():  # zentorch may go on using the unpacked weight
+            return [None for _ in shapes]
+        sizes = [shape.numel() for shape in shapes]
         if self.scratch is None or len(self.scratch) < sum(sizes):
-            self.scratch = torch.empty(sum(sizes), dtype=weights[0].dtype)
-        for weight, room in zip(weights, self.scratch[: sum(sizes)].split(sizes), strict=True):
-            weight.data = room.view(weight.shape)
+            self.scratch = torch.empty(sum(sizes), dtype=self.head_weight.dtype)
+        return [room.view(shape) for room, shape in zip(self.scratch[: sum(sizes)].split(sizes), shapes, strict=True)]
 
     def after(self, part: nn.Module) -> None:
         for module in linears(part) if part not in self.filled else ():

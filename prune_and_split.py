@@ -814,10 +814,14 @@ def split_files(source: Source, number: int, names: list[str], max_bytes: float)
             filled = 0
         groups[-1].append(name)
         filled += size
-    if len(groups) == 1:
-        return {f"model-stage{number}.safetensors": groups[0]}
-    last = len(groups)
-    return {f"model-stage{number}-{part:05}-of-{last:05}.safetensors": group for part, group in enumerate(groups, 1)}
+    return dict(zip(file_names(number, len(groups)), groups, strict=True))
+
+
+def file_names(number: int, count: int) -> list[str]:
+    """Of the files of a stage."""
+    if count == 1:
+        return [f"model-stage{number}.safetensors"]
+    return [f"model-stage{number}-{part:05}-of-{count:05}.safetensors" for part in range(1, count + 1)]
 
 
 def plan_stages(source: Source, pruning: Pruning, num_stages: int, max_bytes: float) -> list[Stage]:
@@ -900,12 +904,15 @@ def join_chunk(out: "np.ndarray", base: int, parts: list, mantissa: int, known: 
     out &= out.dtype.type(1 << out.itemsize * 8 - 1 | 127 << shift)
     out += out.dtype.type((base << mantissa) + middle)
     for (bits, above), part in zip(itertools.chain(*list_fields(known)), parts[2:], strict=True):
-        packed = inflate(part, -(-count * bits // 8)).astype(out.dtype)
+        packed = inflate(part, -(-count * bits // 8))
         low = mantissa - above - bits  # place of the field's lowest bit
+        if low + bits > 8:
+            packed = packed.astype(out.dtype)
         for row in range(8 // bits):
             place = out[row * len(packed) : (row + 1) * len(packed)]
             moved = packed << low - bits * row if low > bits * row else packed >> bits * row - low
-            place |= moved[: len(place)] & ((1 << bits) - 1 << low)
+            moved &= (1 << bits) - 1 << low
+            place |= moved[: len(place)]
     places = np.frombuffer(parts[1], "<u4", len(parts[1]) // (4 + out.itemsize))
     if len(places) and places.max() >= count:
         raise ValueError("an escape lies outside of its chunk")
@@ -1026,6 +1033,35 @@ def write_stages(source: Source, stages: list[Stage], folder: Path) -> list[dict
 
 
 @dataclass
+class PlaneFile:
+    """A file of a stage of planes, while it is being written: its header, which says where all lies, comes last."""
+
+    file: BinaryIO
+    header: dict = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+    records: dict = field(default_factory=dict)  # name -> blake3: what is read can be used before the file is whole
+    nbytes: int = 0
+
+    def append(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        self.header[name] = dict(dtype=dtype, shape=shape, data_offsets=[self.nbytes, self.nbytes + len(data)])
+        if name.endswith(RECORD):
+            self.records[name] = blake3(data).hexdigest()
+        self.nbytes += len(data)
+        write_all(self.file, data)
+
+    def finish(self, room: int, path: Path) -> dict:
+        """Write the header and give the file its name; returns its manifest row."""
+        text = json.dumps(self.header, separators=(",", ":")).encode()
+        self.file.seek(0)
+        write_all(self.file, (room - 8).to_bytes(8, "little") + text.ljust(room - 8))
+        self.file.close()
+        Path(self.file.name).rename(path)
+        with safe_open(path, framework="numpy") as written:
+            assert set(written.keys()) == set(self.header) - {"__metadata__"}, f"{path} does not open as written"
+        checksum = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        return dict(name=path.name, bytes=path.stat().st_size, blake3=checksum, records=self.records)
+
+
+@dataclass
 class PlaneStage:
     """What a stage of planes has come to."""
 
@@ -1033,14 +1069,7 @@ class PlaneStage:
     bits: int | str  # mantissa bits that it adds, or "rest"
     nbytes: int = 0
     squares: float = 0.0  # of the errors that are left, over the chunks that were looked at
-    file: BinaryIO | None = None
-    header: dict = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
-
-    def append(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
-        self.header[name] = dict(dtype=dtype, shape=shape, data_offsets=[self.nbytes, self.nbytes + len(data)])
-        self.nbytes += len(data)
-        if self.file:
-            write_all(self.file, data)
+    files: list[PlaneFile] = field(default_factory=list)
 
 
 @dataclass
@@ -1048,11 +1077,35 @@ class Planes:
     """What coding has come to, in all stages."""
 
     stages: list[PlaneStage]
+    folder: Path | None  # where they are written, if they are
+    room: int  # bytes for the header of each file
+    max_bytes: float  # of a file
     weights: int = 0  # in matrices that are coded
     escapes: int = 0
     plain_bytes: int = 0  # of tensors that are stored as they are
     coded: set[str] = field(default_factory=set)  # names of the matrices
     squares: float = 0.0  # of the weights, over the chunks that were looked at
+
+    def append(self, stage: PlaneStage, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        """Add a tensor to a stage, in a file of its own where the last one is full."""
+        stage.nbytes += len(data)
+        if not self.folder:
+            return
+        if not stage.files or (stage.files[-1].nbytes and stage.files[-1].nbytes + len(data) > self.max_bytes):
+            file = (self.folder / f"stage{stage.number}-{len(stage.files)}").open("xb", buffering=0)
+            file.seek(self.room)
+            stage.files.append(PlaneFile(file))
+        stage.files[-1].append(name, dtype, shape, data)
+
+    def finish(self) -> list[dict]:
+        """Finish the files; returns the manifest rows of the stages."""
+        rows = []
+        for stage in self.stages:
+            names = file_names(stage.number, len(stage.files))
+            files = [file.finish(self.room, self.folder / name) for file, name in zip(stage.files, names, strict=True)]
+            nbytes = sum(file["bytes"] for file in files)
+            rows.append(dict(stage=stage.number, kind="planes", bits=stage.bits, bytes=nbytes, files=files))
+        return rows
 
 
 def parse_planes(text: str) -> list[int | str]:
@@ -1113,16 +1166,14 @@ def code_matrix(weights: np.ndarray, tensor: Tensor, known: list[int], pool: Thr
     return records, escapes, np.sum([row for row in squares if row], axis=0)
 
 
-def code_planes(source: Source, bits: list[int | str], folder: Path | None) -> Planes:
+def code_planes(source: Source, bits: list[int | str], folder: Path | None, max_bytes: float) -> Planes:
     """Code every matrix, one at a time; the files of the stages are written where a folder is given, but no headers.
 
     Errors are looked at in one chunk of ERROR_SAMPLE.
     """
-    planes = Planes([PlaneStage(number, added) for number, added in enumerate(bits, 1)])
-    names, room = sorted(source.tensors, key=forward_position), header_room(source)
-    for stage in planes.stages if folder else ():
-        stage.file = (folder / f"model-stage{stage.number}.safetensors").open("xb", buffering=0)
-        stage.file.seek(room)
+    stages = [PlaneStage(number, added) for number, added in enumerate(bits, 1)]
+    planes = Planes(stages, folder, header_room(source), max_bytes)
+    names = sorted(source.tensors, key=forward_position)
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="coding") as progress, ThreadPoolExecutor() as pool:
         for name in names:
@@ -1135,14 +1186,14 @@ def code_planes(source: Source, bits: list[int | str], folder: Path | None) -> P
                 records, escapes, squares = code_matrix(weights, tensor, known, pool)
             if records and sum(map(len, records)) < tensor.nbytes:
                 for stage, record, error in zip(planes.stages, records, squares[1:], strict=True):
-                    stage.append(name + RECORD, "U8", (len(record),), record)
+                    planes.append(stage, name + RECORD, "U8", (len(record),), record)
                     stage.squares += error
                 planes.coded.add(name)
                 planes.weights += len(weights)
                 planes.escapes += escapes
                 planes.squares += squares[0]
             else:
-                planes.stages[0].append(name, tensor.dtype, tensor.shape, data)
+                planes.append(stages[0], name, tensor.dtype, tensor.shape, data)
                 planes.plain_bytes += tensor.nbytes
             progress.update(tensor.nbytes)
     return planes
@@ -1156,25 +1207,6 @@ def header_room(source: Source) -> int:
     }
     text = json.dumps({"__metadata__": {"format": "pt"}, **rows})
     return -(-(8 + len(text.encode())) // ALIGNMENT) * ALIGNMENT
-
-
-def finish_planes(planes: Planes, room: int) -> list[dict]:
-    """Write the headers; return the manifest rows."""
-    rows = []
-    for stage in planes.stages:
-        text = json.dumps(stage.header, separators=(",", ":")).encode()
-        stage.file.seek(0)
-        write_all(stage.file, (room - 8).to_bytes(8, "little") + text.ljust(room - 8))
-        stage.file.close()
-        path = Path(stage.file.name)
-        with safe_open(path, framework="numpy") as written:
-            assert set(written.keys()) == set(stage.header) - {"__metadata__"}, (
-                f"{path} does not open as it was written"
-            )
-        checksum = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-        file = dict(name=path.name, bytes=path.stat().st_size, blake3=checksum)
-        rows.append(dict(stage=stage.number, kind="planes", bits=stage.bits, bytes=file["bytes"], files=[file]))
-    return rows
 
 
 def print_planes(source: Source, planes: Planes) -> None:
@@ -1555,7 +1587,7 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
             f"--calibration {args.calibration}: the perplexity of stages is for {known} only; leave it out"
         )
     if args.plan_only:
-        planes = code_planes(source, bits, None)
+        planes = code_planes(source, bits, None, math.inf)
         print_planes(source, planes)
         if args.calibration:
             measure_planes(source, planes, args)
@@ -1563,12 +1595,11 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
     with whole_or_nothing(out, args.force) as folder:
         check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
         source.copy_side_files(folder)
-        planes = code_planes(source, bits, folder)
+        planes = code_planes(source, bits, folder, args.max_file_gib * 2**30)
         print_planes(source, planes)
         if args.calibration:
             write_measures(measure_planes(source, planes, args), folder / "planes")
-        rows = finish_planes(planes, header_room(source))
-        write_manifest(source, rows, describe_files(source), folder)
+        write_manifest(source, planes.finish(), describe_files(source), folder)
 
 
 def main() -> int:

@@ -4,7 +4,7 @@
     python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
     python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
     python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
-    python engine_probe.py brief [CKPT SOURCE DTYPE]... OUT.json    # 1 -> 2 -> 3, stock on SOURCE
+    python engine_probe.py brief [CKPT SOURCE DTYPE]... OUT.json    # 1 -> 2 -> 3, stock on SOURCE; DTYPE+compiled
     python engine_probe.py held CKPT MODEL... OUT.json     # each stage held, stock on the MODEL that it should be
 
 An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
@@ -201,7 +201,8 @@ def probe_brief(*models: str) -> list[dict]:
     *models, prompts = models
     found = []
     for checkpoint, source, dtype in zip(models[::3], models[1::3], models[2::3], strict=True):
-        options, answers = {**ENGINE, "dtype": dtype, "enforce_eager": True}, {}
+        dtype, _, compiled = dtype.partition("+")
+        options, answers = {**ENGINE, "dtype": dtype, "enforce_eager": not compiled}, {}
         llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
         for stage in (1, 2, 3):
             if stage > 1:

@@ -558,6 +558,18 @@ def test_gap_of_a_transition_is_the_largest_one_near_it():
     assert gap["median_gap"] == pytest.approx(0.1)
 
 
+def test_gaps_between_transitions_are_counted_while_all_streams_run():
+    timeline = [{"event": "active", "stage": stage, "seconds": at, "pause": 0.1} for stage, at in ((2, 5.0), (3, 9.0))]
+    alone, late = [0.0, 1.5], [2.0, 2.1, 2.5, 2.6]  # its largest gap of 1.5 s is before the other has begun
+    across = [4.8, 5.9, 6.1]  # the transition to stage 2, and its second
+    after = [8.0, 8.1, 9.5, 11.0]  # across the last one, and after it
+    streams = [[*alone, 2.05, 2.2, *across], [*late, *after]]
+    found = bench_coldstart.gaps_between_transitions(streams, timeline)
+    assert found["largest_gap"] == pytest.approx(2.6) and found["median_gap"] < found["largest_gap"]
+    assert bench_coldstart.gaps_between_transitions([[]], timeline) is None
+    assert bench_coldstart.gaps_between_transitions(streams, []) is None
+
+
 def test_gaps_of_streams_in_flight(split_tiny, tmp_path):
     options = ["--mode", "progressive", "--trials", "1", "--stretch", "25", "--watch-gaps", "2"]
     done = run_script(BENCH, "--checkpoint", split_tiny, *options, "--json", tmp_path / "cold.json")

@@ -136,8 +136,11 @@ MODELS = {
 @pytest.mark.parametrize("case", MODELS)
 def test_restored_is_the_source(case, tmp_path):
     model = make_llama(tmp_path / "model", **MODELS[case])
-    done = split_planes(model, tmp_path / "planes")
+    options = ["--max-file-gib", 1e-4] if case == "sharded" else []
+    done = split_planes(model, tmp_path / "planes", *options)
     assert "escapes" in done.stdout and "share so far" in done.stdout
+    files = len(list((tmp_path / "planes").glob("model-stage1*.safetensors")))
+    assert files > 1 if options else files == 1
     done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
     assert done.returncode == 0, done.stderr
     weights = sorted(path.name for path in model.glob("*.safetensors"))
@@ -260,9 +263,12 @@ def test_damaged_stage_is_not_restored(stage, planes_tiny, tmp_path):
 # ---- progressive_serve.py ---------------------------------------------------------------------------
 
 
+PROMPTS = ["Hello", "The quick brown fox jumps", "x" * 300, *(f"{number} times" * number for number in range(3, 64))]
+
+
 def probe(tmp_path: Path, *arguments) -> dict:
     prompts, out = tmp_path / "prompts.json", tmp_path / "found.json"
-    prompts.write_text(json.dumps(["Hello", "The quick brown fox jumps", "x" * 300]))
+    prompts.write_text(json.dumps(PROMPTS))
     command = [sys.executable, *map(str, [PROBE, *arguments, prompts, out])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -270,8 +276,9 @@ def probe(tmp_path: Path, *arguments) -> dict:
 
 
 FINAL_STATES = {
-    # class, its configuration, dtype that it is stored in and served with
+    # class, its configuration, dtype that it is stored in and served with, options of prune_and_split.py
     "llama": (LlamaForCausalLM, {}, "bfloat16"),
+    "llama, several files per stage": (LlamaForCausalLM, {}, "bfloat16", "--max-file-gib", 1e-4),
     "llama, float16": (LlamaForCausalLM, {}, "float16"),
     "llama, float32": (LlamaForCausalLM, {}, "float32"),
     "llama, tied": (LlamaForCausalLM, {"tie_word_embeddings": True}, "bfloat16"),
@@ -287,10 +294,10 @@ FINAL_STATES = {
 def final_states(tmp_path_factory) -> dict[str, dict]:
     """What engine_probe.py found for each of FINAL_STATES, in one process."""
     arguments = []
-    for model_class, config, dtype in FINAL_STATES.values():
+    for model_class, config, dtype, *options in FINAL_STATES.values():
         folder = tmp_path_factory.mktemp("final")
         model = make_llama(folder / "model", model_class, dtype=getattr(torch, dtype), **config)
-        split_planes(model, folder / "planes")
+        split_planes(model, folder / "planes", *options)
         arguments += [folder / "planes", model, dtype]
     return dict(zip(FINAL_STATES, probe(folder, "brief", *arguments), strict=True))
 
@@ -298,7 +305,14 @@ def final_states(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("case", FINAL_STATES)
 def test_last_stage_is_the_source(case, final_states):
     """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
+    assert len(final_states[case]["stock"]) == 64
     assert final_states[case]["stage3"] == final_states[case]["stock"]
+
+
+def test_last_stage_is_the_source_in_a_compiled_graph(planes_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    (found,) = probe(tmp_path, "brief", planes_tiny, planes_tiny.with_name("model"), "float32+compiled")
+    assert found["stage3"] == found["stock"] != found["stage1"]
 
 
 def test_held_stages_are_the_model_at_that_precision(planes_tiny, tmp_path):

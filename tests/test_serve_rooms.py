@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,8 +51,7 @@ class Reading:
         assert self.progress.error is None
 
     def bytes_of(self, name: str) -> bytes:
-        (file,) = (file for file in self.plan.files if file.name == name)
-        return bytes(self.buffer.place_of(file))
+        return bytes(self.buffer.place_of(name))
 
     def memory(self) -> int:
         """Bytes that the buffer holds now."""
@@ -66,20 +65,6 @@ def copied(split_tiny, tmp_path) -> Path:
 
 
 # ---- kinds of stages, stage plan -------------------------------------------------------------------
-
-
-def test_layers_come_in_the_order_of_the_forward_pass():
-    import progressive_serve
-
-    stages = [
-        ["model.embed_tokens.weight", "model.layers.0.w", "model.layers.10.w", "model.norm.weight", "lm_head.weight"],
-        ["model.layers.2.w", "model.layers.11.w"],
-        ["model.layers.9.w"],
-    ]
-    records = [iter([(name, None) for name in names]) for names in stages]
-    order = [name for name, _ in progressive_serve.Layers.weights(records)]
-    layers = [f"model.layers.{layer}.w" for layer in (0, 2, 9, 10, 11)]
-    assert order == ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]
 
 
 def edit_manifest(checkpoint: Path, change) -> None:
@@ -494,10 +479,10 @@ def test_memory_goes_back_when_every_worker_is_done(split_tiny):
     held = reading.memory()
     assert held >= total
     for file in reading.plan.files:
-        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+        reading.buffer.release(file.name, file.bytes, reading.buffer.WORKERS)
     assert reading.memory() == held
     for file in reading.plan.files:
-        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS + 1)
+        reading.buffer.release(file.name, file.bytes, reading.buffer.WORKERS + 1)
     assert reading.memory() <= held - total + 3 * 4096 * len(reading.plan.files)
 
 
@@ -513,7 +498,7 @@ def test_reader_stays_in_its_window(split_tiny, monkeypatch):
     reading.wait_for(lambda progress: True)
     assert reading.progress.resident == {1}
     for file in first.files:
-        reading.buffer.release(file, file.bytes, reading.buffer.WORKERS)
+        reading.buffer.release(file.name, file.bytes, reading.buffer.WORKERS)
     reading.wait_for_all()
 
 
@@ -642,6 +627,16 @@ def test_reader_names_the_file_that_is_gone(copied):
     assert reading.progress.resident == {1, 2}
 
 
+def test_layers_come_in_the_order_of_the_forward_pass(split_tiny):
+    import progressive_serve
+
+    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    source = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
+    source.wait_resident(3)
+    positions = [progressive_serve.forward_position(name) for name, _ in source.weights(launch.plan.stages)]
+    assert positions == sorted(positions) and set(range(4)) < set(positions)
+
+
 def test_garbage_in_a_header_is_a_wrong_checksum(copied):
     """The tensors are bound before the checksum is known: what is told must be the cause, not what followed from it."""
     import progressive_serve
@@ -656,7 +651,7 @@ def test_garbage_in_a_header_is_a_wrong_checksum(copied):
     with pytest.raises((ValueError, RuntimeError)):
         list(source.weights(launch.plan.stages[:1]))
     with pytest.raises(RuntimeError, match="model-stage1.safetensors: blake3"):
-        source.wait_resident(launch.plan.stages[:1])
+        source.wait_resident(1)
 
 
 def test_reader_keeps_its_pace(monkeypatch):
@@ -700,6 +695,178 @@ def test_chunks_take_their_turns_in_order():
     assert order == [10, 20, 30, 40]
 
 
+# ---- decoder ---------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """A decoder in this process, on bytes that are here and of which the test says what has arrived."""
+
+    def __init__(self, checkpoint: Path, start_stage: int = 3, **of_plan):
+        import progressive_serve
+
+        self.plan = replace(progressive_serve.read_plan(checkpoint), **of_plan)
+        self.memory = [progressive_serve.memory_file(name) for name in ("journal", "buffer")]
+        (_, journal), (_, buffer) = self.memory
+        self.journal, self.buffer = (
+            progressive_serve.Journal(journal),
+            progressive_serve.WeightBuffer(buffer, self.plan),
+        )
+        self.buffer.lay_out(cache=False)
+        for file in self.plan.files:
+            self.buffer.place_of(file.name)[:] = (checkpoint / file.name).read_bytes()
+        serving = progressive_serve.ServingPlan(journal, buffer, start_stage, 1, 3)
+        self.source = progressive_serve.StageSource(serving, self.plan, rank=0, workers=1)
+        job = SimpleNamespace(journal=journal, buffer=buffer, start_stage=start_stage, hold_stage=3)
+        decoder = progressive_serve.Decoder(job, self.plan)
+        self.thread = threading.Thread(target=decoder.run, daemon=True)
+        self.thread.start()
+
+    def arrive(self, *stages: int, verified: bool = True) -> None:
+        for stage in stages:
+            for file in self.plan.stages[stage - 1].files:
+                self.journal.mark("read", file=file.name, bytes=file.bytes)
+            if verified:
+                self.journal.mark("resident", stage=stage)
+
+    def wait_for(self, what) -> None:
+        deadline = time.monotonic() + 30
+        while not what(self.source.arrivals):
+            assert time.monotonic() < deadline, self.source.arrivals
+            self.source.follow()
+            time.sleep(0.01)
+
+    def weights(self, first: int, last: int) -> dict[str, torch.Tensor]:
+        """What a worker binds, up to stage `last`."""
+        weights = {name: tensor.clone() for name, tensor in self.source.weights(self.plan.stages[first - 1 : last])}
+        for stage in range(first, last + 1):
+            self.journal.mark("bound", stage=stage, rank=0)
+        return weights
+
+    def decoded_memory(self) -> int:
+        """Bytes that lie in the buffer, but for the stage files."""
+        return os.stat(self.memory[1][1]).st_blocks * 512 - sum(stage.bytes for stage in self.plan.stages)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_decoder_makes_each_stage(planes_tiny):
+    """In the order of the forward pass, at the precision of all that is there; nothing of it stays in memory."""
+    source = load_file(planes_tiny.with_name("model") / "model.safetensors")
+    decoding = Decoding(planes_tiny, start_stage=1)
+    decoding.arrive(1)
+    decoding.journal.mark("model created", rank=0)
+    assert decoding.source.next_stage(0) == 1
+    first = decoding.weights(1, 1)
+    assert list(first)[0] == "model.embed_tokens.weight" and first.keys() == source.keys()
+    errors = [(first[name].float() - source[name].float()).abs().max() for name in source]
+    assert max(errors) > 0 and torch.equal(first["model.norm.weight"], source["model.norm.weight"])
+    decoding.arrive(2, 3)
+    while (bound := decoding.source.arrivals.offered[-1]) < 3:  # 2, or 3 at once if that had arrived when it looked
+        found = decoding.weights(bound + 1, decoding.source.next_stage(bound))
+    assert_same(found, source)
+    decoding.thread.join(30)
+    assert not decoding.thread.is_alive()
+    assert decoding.decoded_memory() < 1 << 16
+
+
+def test_decoder_begins_again_when_more_has_arrived(planes_tiny):
+    """Before a worker has a model. Not above the stage that is to be served first."""
+    decoding = Decoding(planes_tiny)
+    decoding.arrive(1)
+    decoding.wait_for(lambda arrivals: 1 in arrivals.decoded)
+    assert decoding.source.arrivals.offered == []
+    decoding.arrive(2, 3)
+    decoding.wait_for(lambda arrivals: 3 in arrivals.decoded)
+    decoding.journal.mark("model created", rank=0)
+    assert decoding.source.next_stage(0) == 3
+    assert_same(decoding.weights(1, 3), load_file(planes_tiny.with_name("model") / "model.safetensors"))
+    held_back = Decoding(planes_tiny, start_stage=2)
+    held_back.arrive(1, 2, 3)
+    held_back.wait_for(lambda arrivals: 2 in arrivals.decoded)
+    held_back.journal.mark("model created", rank=0)
+    assert held_back.source.next_stage(0) == 2
+
+
+def test_decoder_makes_no_more_than_is_taken(planes_tiny, monkeypatch):
+    """Of a later stage, while the model is in memory already."""
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve, "DECODED_AHEAD", 1 << 16)
+    decoding = Decoding(planes_tiny, start_stage=1)
+    decoding.arrive(1, 2, 3)
+    decoding.journal.mark("model created", rank=0)
+    assert decoding.source.next_stage(0) == 1
+    decoding.weights(1, 1)
+    assert decoding.source.next_stage(1) == 3
+    time.sleep(0.5)
+    largest = max(tensor["end"] - tensor["begin"] for tensor in decoding.source.arrivals.tensors[1])
+    decoding.source.follow()
+    assert 0 < decoding.source.arrivals.tensors[3][-1]["end"] <= largest + (1 << 16)
+    assert_same(decoding.weights(2, 3), load_file(planes_tiny.with_name("model") / "model.safetensors"))
+
+
+def test_damaged_record_is_not_handed_out(planes_tiny, tmp_path):
+    """Though its file has not been verified as a whole yet, which is then said first."""
+    copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
+    flip_last_byte(copy / "model-stage3.safetensors")
+    for verified in (False, True):
+        decoding = Decoding(copy, start_stage=1)
+        decoding.arrive(1, 2)
+        decoding.arrive(3, verified=verified)
+        decoding.journal.mark("model created", rank=0)
+        decoding.weights(1, decoding.source.next_stage(0))
+        decoding.wait_for(lambda arrivals: len(arrivals.tensors[3]) == len(arrivals.tensors[1]) - 1)
+        if not verified:
+            decoding.journal.mark("error", text="wrong checksum", stage=3)
+        decoding.thread.join(30)
+        decoding.wait_for(lambda arrivals: arrivals.error)
+        assert 3 not in decoding.source.arrivals.decoded
+        assert decoding.source.arrivals.error == "wrong checksum" or "blake3" in decoding.source.arrivals.error
+        assert ("blake3" in decoding.source.arrivals.error) == verified
+
+
+def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
+    decoding = Decoding(planes_tiny)
+    decoding.arrive(1, 2)
+    decoding.journal.mark("error", text="stage 3 is gone", stage=3)
+    decoding.journal.mark("model created", rank=0)
+    for bound in (0, 1):
+        if (stage := decoding.source.next_stage(bound)) == 2:
+            break
+        decoding.weights(1, 1)
+    assert len(decoding.weights(bound + 1, stage)) > 4
+    with pytest.raises(RuntimeError, match="stage 3 is gone"):
+        decoding.weights(3, decoding.source.next_stage(2))
+    decoding.thread.join(30)
+    assert not decoding.thread.is_alive()
+
+
+def test_stage_that_holds_more_than_the_manifest_says(planes_tiny):
+    """Room is what the manifest bounds: a decompression bomb ends there."""
+    decoding = Decoding(planes_tiny, decoded_bytes=1 << 18)
+    decoding.arrive(1, 2, 3)
+    decoding.wait_for(lambda arrivals: arrivals.error)
+    assert "more tensors than the manifest" in decoding.source.arrivals.error
+    assert decoding.source.arrivals.spoilt in (1, 3)
+
+
+def test_decoder_that_dies_is_missed(planes_tiny):
+    """With the reader process, when all bytes are resident but not all stages decoded."""
+    reading = Reading(planes_tiny, start_stage=1)
+    reading.wait_for_all()
+    reading.wait_for(lambda progress: 1 in progress.decoded)
+    failures = []
+    reading.launch.on_failure = failures.append
+    reading.launch.reader.kill()
+    deadline = time.monotonic() + 30
+    while not failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "reader process stopped at stage 2" in failures[0]
+
+
 # ---- launch ----------------------------------------------------------------------------------------
 
 
@@ -718,7 +885,7 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
     waiting = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
     with pytest.raises(RuntimeError, match="reader process stopped"):
-        waiting.wait_resident(launch.plan.stages[:1])
+        waiting.wait_resident(1)
 
 
 def test_reader_that_dies_when_all_is_resident_is_not_missed(split_tiny):
@@ -960,7 +1127,7 @@ def test_one_worker_decides_where_to_begin(split_tiny):
     assert first.agree_on_first_stage() == decision
     for stage in (1, 2, 3):
         reading.launch.journal.mark("resident", stage=stage)  # between the two looks
-    assert sources[1].resident_stage() == 3
+    assert sources[1].next_stage(0) == 3
     assert second.agree_on_first_stage() == decision
 
 
