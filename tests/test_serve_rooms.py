@@ -808,24 +808,28 @@ def test_decoder_makes_no_more_than_is_taken(planes_tiny, monkeypatch):
     assert_same(decoding.weights(2, 3), load_file(planes_tiny.with_name("model") / "model.safetensors"))
 
 
-def test_damaged_record_is_not_handed_out(planes_tiny, tmp_path):
-    """Though its file has not been verified as a whole yet, which is then said first."""
+@pytest.mark.parametrize("stage", [2, 3])
+def test_damaged_record_is_not_handed_out(stage, planes_tiny, tmp_path):
+    """While its file has not been verified as a whole; what the reader finds then is said first."""
     copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
-    flip_last_byte(copy / "model-stage3.safetensors")
-    for verified in (False, True):
+    flip_last_byte(copy / f"model-stage{stage}.safetensors")
+    for what_is_wrong in ("the file", "the record"):
         decoding = Decoding(copy, start_stage=1)
-        decoding.arrive(1, 2)
-        decoding.arrive(3, verified=verified)
+        decoding.arrive(1)
         decoding.journal.mark("model created", rank=0)
-        decoding.weights(1, decoding.source.next_stage(0))
+        decoding.wait_for(lambda arrivals: arrivals.offered)
+        decoding.arrive(2, 3, verified=False)
+        decoding.weights(1, 1)
+        assert decoding.source.next_stage(1) == 3
         decoding.wait_for(lambda arrivals: len(arrivals.tensors[3]) == len(arrivals.tensors[1]) - 1)
-        if not verified:
-            decoding.journal.mark("error", text="wrong checksum", stage=3)
+        if what_is_wrong == "the file":
+            decoding.journal.mark("error", text="wrong checksum", stage=stage)
+        else:
+            decoding.arrive(2, 3)
         decoding.thread.join(30)
         decoding.wait_for(lambda arrivals: arrivals.error)
         assert 3 not in decoding.source.arrivals.decoded
-        assert decoding.source.arrivals.error == "wrong checksum" or "blake3" in decoding.source.arrivals.error
-        assert ("blake3" in decoding.source.arrivals.error) == verified
+        assert ("blake3" in decoding.source.arrivals.error) == (what_is_wrong == "the record")
 
 
 def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
