@@ -62,10 +62,10 @@ Commands:
     python bench_coldstart.py --plot results/sweep.json         # draw again
 
 Output: a table, and one JSON file with `summary` (medians), `trials` (raw samples, timelines, answers), `bandwidth`
-(dd), `loader_alone` (what our reader reads without a server around it), `host_to_device` (copies from pinned memory to
-a GPU, where there is one), all in MB/s, the arguments, versions, machine and commit, written after every trial, so that
-a run that is cut keeps its samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one
-bandwidth.
+(dd), `loader_alone` (what our reader reads without a server around it), `decoder_alone` (weights that one core makes of
+stages of planes: of stage 1, of 1 and 2, ...), `host_to_device` (copies from pinned memory to a GPU, where there is
+one), all in MB/s, the arguments, versions, machine and commit, written after every trial, so that a run that is cut
+keeps its samples. Beside it FILE-timeline.png, and FILE-ttft.png where there is more than one bandwidth.
 """
 
 import argparse
@@ -145,6 +145,7 @@ START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s t
 STOP_TIMEOUT = 30.0
 STORAGE_SAMPLES = 3  # before the first trial, and after the last
 DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
+DECODE_BYTES = 1 << 29  # of weights, at least, unless the model is smaller
 MEMORY_PAUSE, MEMORY_SHARE = 0.25, 0.02  # seconds between two samples; but never more than this share of a core
 WATCH_PROMPT = 16  # tokens
 RESAMPLES = 10_000  # of the pairs, for a confidence interval
@@ -233,6 +234,33 @@ for _ in range(4):
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
 print(len(host) / 1e6 / seconds)
+"""
+
+
+DECODE = """
+import importlib.util, itertools, json, os, sys, time
+from safetensors import safe_open
+script, most, *stages = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("progressive_serve", script)
+server = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(server)
+server.import_for_decoding()
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+files = [safe_open(file, "numpy") for file in stages]
+names = [name for name in files[0].keys() if name.endswith(server.RECORD)]
+seconds, done, memory = [0.0] * len(files), 0, bytearray(1)
+for turn, name in enumerate([names[0], *names]):
+    records = [memoryview(file.get_tensor(name)) for file in files]
+    size = server.join_planes(records)[1].nbytes
+    memory = memory if len(memory) >= size else bytearray(size)
+    for stage in range(len(files)):
+        began = time.perf_counter()
+        server.join_planes(records[: stage + 1], lambda size: memoryview(memory)[:size])
+        seconds[stage] += (time.perf_counter() - began) if turn else 0.0
+    done += size if turn else 0
+    if done > int(most):
+        break
+print(json.dumps([done / 1e6 / one for one in seconds]))
 """
 
 
@@ -611,6 +639,13 @@ def stage_bytes(checkpoint: Path) -> list[int]:
     return [stage["bytes"] for stage in read_manifest(checkpoint)["stages"]]
 
 
+def model_bytes(checkpoint: Path) -> int:
+    """Bytes of weights in memory: the stages of layers together, or what stages of planes were made from."""
+    manifest = read_manifest(checkpoint)
+    is_planes = manifest["stages"][0]["kind"] == "planes"
+    return sum(row["bytes"] for row in (manifest["source"]["files"].values() if is_planes else manifest["stages"]))
+
+
 def weight_bytes(mode: str, args: argparse.Namespace) -> list[int]:
     """Bytes of weights that a mode reads: by stage, or all at once."""
     checkpoint = checkpoint_of(mode, args)
@@ -886,6 +921,7 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
         row |= {"listening": listening, "ttft": ttft, "full": ttft}
         row["answer"] = first["answer"]
         if is_progressive(mode):
+            row["model_bytes"] = model_bytes(checkpoint_of(mode, args))
             start = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
             if args.watch_gaps:
                 row["answers"], progress, gaps = watch_gaps(server, url, args, start)
@@ -984,6 +1020,14 @@ def loader_alone_mbps(args: argparse.Namespace) -> float:
     return stage_bytes(args.checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
 
 
+def decoder_alone_mbps(checkpoint: Path) -> list[float]:
+    """MB/s of weights that one core makes of stages of planes: of stage 1, of stages 1 and 2, ..., of all."""
+    files = [str(checkpoint / stage["files"][0]["name"]) for stage in read_manifest(checkpoint)["stages"]]
+    command = [sys.executable, "-c", DECODE, str(SERVER), str(DECODE_BYTES), *files]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def host_to_device_mbps() -> float:
     """What copying from pinned memory to the GPU reaches, in MB/s."""
     done = subprocess.run([sys.executable, "-c", COPY_TO_GPU], capture_output=True, text=True, check=True)
@@ -996,6 +1040,10 @@ def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, r
         result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args, mbps, procs))
         if not mbps:
             result.setdefault("loader_alone", []).append(loader_alone_mbps(args))
+            for checkpoint in {checkpoint_of(mode, args) for mode in args.modes if is_progressive(mode)}:
+                if read_manifest(checkpoint)["stages"][0]["kind"] == "planes":
+                    samples = result.setdefault("decoder_alone", {}).setdefault(checkpoint.name, [])
+                    samples.append(decoder_alone_mbps(checkpoint))
     if HAS_GPU:
         result.setdefault("host_to_device", []).append(host_to_device_mbps())
 
@@ -1237,12 +1285,13 @@ def read_result(path: Path, option: str) -> dict:
 # ---- prediction -------------------------------------------------------------------------------------
 
 
-def predict(steps: dict[str, float], stages: list[int], mbps: float) -> float:
+def predict(steps: dict[str, float], stages: list[int], mbps: float, model: int | None = None) -> float:
     """TTFT in seconds of one mode, from its step times (measure_steps()), bytes per stage and a bandwidth in MB/s.
 
     Stock: before + the slower of storage and loader + packing + after + first token. What scales with bytes is given
     per byte. Progressive: the bytes arrive while the engine starts. It begins with all that has arrived when the model
-    has been created, or else with stage 1, and is bound by its engine, by the binding, or by the storage.
+    has been created, or else with stage 1, and is bound by its engine, by the binding, or by the storage. With stages
+    of planes all weights are bound at each of them, `model` bytes, and are decoded before: stage 1 as it arrives.
     """
     per_byte = steps["storage"] / (mbps * 1e6)
     if "before" in steps:
@@ -1251,10 +1300,12 @@ def predict(steps: dict[str, float], stages: list[int], mbps: float) -> float:
     totals = list(itertools.accumulate(stages))
     arrived = [steps["reading"] + total * max(per_byte, steps["read"]) for total in totals]
     served = max(stage for stage in range(len(stages)) if stage == 0 or arrived[stage] <= steps["created"])
+    bound = totals[served] if model is None else model
+    decoding = 0.0 if model is None or served == 0 else steps["decode"] * model
     return max(
-        steps["listening"] + steps["first_token"] * totals[served],
-        steps["created"] + steps["bind"] * totals[served],
-        arrived[served] + steps["tail"],
+        steps["listening"] + steps["first_token"] * bound,
+        steps["created"] + steps["bind"] * bound,
+        arrived[served] + decoding + steps["tail"],
     )
 
 
@@ -1269,7 +1320,7 @@ def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
     if not fast or not slow or fastest == slowest:
         return None
     measure = measure_progressive if is_progressive(mode) else measure_stock
-    fast, slow = ([measure(row, result["stage_bytes"]) for row in rows] for rows in (fast, slow))
+    fast, slow = ([measure(row, *bytes_of(result, mode)) for row in rows] for rows in (fast, slow))
     steps = {key: median_of(fast, key) for key in fast[0]}
     steps["storage"] = max(1.0, median_of(slow, "read") * dd[slowest] * 1e6)
     for key in ("before", "created", "listening", "after"):  # do not depend on the bandwidth
@@ -1282,7 +1333,17 @@ def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
     return steps
 
 
-def measure_stock(row: dict, stages: list[int]) -> dict[str, float]:
+def bytes_of(result: dict, mode: str) -> tuple[list[int], int | None]:
+    """Of a mode's stages and, where they are planes, of the model."""
+    row = next((row for row in result["trials"] if row["mode"] == mode), {})
+    is_planes = any(event["event"] == "decoded" for event in row.get("timeline", ()))
+    stages, model = result["stage_bytes"], result.get("model_bytes", sum(result["stage_bytes"]))
+    if is_progressive(mode):
+        stages = row.get("weight_bytes", stages)
+    return stages, row.get("model_bytes", model) if is_planes else None
+
+
+def measure_stock(row: dict, stages: list[int], _) -> dict[str, float]:
     total = sum(stages)
     reading, packing = [part for part in row["intervals"] if part["step"] == WEIGHTS]  # divided by STEP_LINES
     return {
@@ -1294,25 +1355,35 @@ def measure_stock(row: dict, stages: list[int]) -> dict[str, float]:
     }
 
 
-def measure_progressive(row: dict, stages: list[int]) -> dict[str, float]:
+def measure_progressive(row: dict, stages: list[int], model: int | None) -> dict[str, float]:
     timeline = row["timeline"]
     first = next(event["stage"] for event in timeline if event["event"] == "active")
     total, resident = sum(stages[:first]), seconds_of(timeline, "resident", first)
     reading, created, bound = (seconds_of(timeline, event) for event in ("reading", "model created", "bound"))
+    there, weights = resident, total
+    if model is not None:
+        there, weights = seconds_of(timeline, "decoded", first), model
     return {
         "reading": reading,
         "read": (resident - reading) / total,
         "created": created,
         "listening": row["listening"],
-        "first_token": (row["ttft"] - row["listening"]) / total,  # where storage is fast: beside binding
-        "bind": (bound - max(created, resident)) / total,
+        "first_token": (row["ttft"] - row["listening"]) / weights,  # where storage is fast: beside binding
+        "bind": (bound - max(created, there)) / weights,
+        "decode": (there - resident) / weights,  # where storage is fast: all planes, after their last byte
         "tail": row["ttft"] - resident,  # where storage is slow: what comes after its last byte
     }
 
 
 def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) -> None:
-    """Put `predictions` into the result, beside what either has measured. Raises UsageError for a bad source."""
-    steps = {mode: measure_steps(measured_at, mode) for mode in ("baseline", "baseline-fork", "progressive")}
+    """Put `predictions` into the result, beside what either has measured. Raises UsageError for a bad source.
+
+    Of another model only modes that read --checkpoint are predicted.
+    """
+    is_same = measured_at["stage_bytes"] == result["stage_bytes"]
+    named = {row["mode"] for row in measured_at["trials"] if row["mode"].startswith("progressive@")} if is_same else ()
+    modes = ("baseline", "baseline-fork", "progressive", *sorted(named))
+    steps = {mode: measure_steps(measured_at, mode) for mode in modes}
     if not any(steps.values()):
         raise UsageError(
             "--predict: that file has no mode measured at two bandwidths\n"
@@ -1324,8 +1395,11 @@ def add_predictions(result: dict, measured_at: dict, bandwidths: list[float]) ->
         samples = result["bandwidth"].get(key) or measured_at["bandwidth"].get(key) or [mbps]
         if samples == [0]:
             raise UsageError("--predict: that file does not say how fast the disk is: give bandwidths above 0")
-        predicted = predict(steps[mode], result["stage_bytes"], statistics.median(samples))
-        same = [result] + [measured_at] * (measured_at["stage_bytes"] == result["stage_bytes"])
+        stages, model = bytes_of(measured_at, mode)
+        if not is_same:
+            stages, model = result["stage_bytes"], model and result["model_bytes"]
+        predicted = predict(steps[mode], stages, statistics.median(samples), model)
+        same = [result] + [measured_at] * is_same
         measured = median_of([row for one in same for row in rows_of(one["trials"], mode, mbps)], "ttft")
         row = {"read_mbps": mbps, "mode": mode, "predicted": predicted, "measured": measured}
         rows.append({**row, "error": measured and predicted / measured - 1})
@@ -1595,7 +1669,8 @@ def run(args: argparse.Namespace, logs: Path) -> None:
     source = read_result(args.predict, "--predict") if args.predict else None
     if source and args.json and args.predict.resolve() == args.json.resolve():
         raise UsageError(f"--predict {args.predict} would be overwritten by --json: name another file")
-    result = {"stage_bytes": stage_bytes(args.checkpoint), "bandwidth": {}, "trials": [], **provenance(args)}
+    result = {"stage_bytes": stage_bytes(args.checkpoint), "model_bytes": model_bytes(args.checkpoint)}
+    result |= {"bandwidth": {}, "trials": [], **provenance(args)}
     if source:
         add_predictions(result, source, args.bandwidths)  # a bad source is found before an hour of trials
     if args.json:

@@ -36,11 +36,11 @@ From Python (a notebook, a test), with the stages under your control:
     llm.stages.advance()                                                # one stage further; llm.stages.stage says which
 
 How it is built: a reader process streams the stage files into memory that it shares with the workers, and verifies
-them; a model loader (vLLM's register_model_loader) leaves the model empty and binds each stage in the background, into
-parameters that never move; a LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that
-it touches, which are bound anew, from the original bytes, when the stage is left; a worker extension opens the gates;
-an ASGI middleware runs the controller. The processes are joined by a journal, a file of JSON lines, which is also the
-timeline.
+them; of planes a decoder process makes tensors there, ahead of the workers; a model loader (vLLM's
+register_model_loader) leaves the model empty and binds each stage in the background, into parameters that never move; a
+LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
+anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
+controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline.
 """
 
 import argparse
@@ -1414,7 +1414,7 @@ class Decoder(Inflow):
         try:
             import_for_decoding()
             with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                while self.stage < self.hold_stage:
+                while self.stage < self.last_stage():
                     self.stage = self.due()
                     self.decode(pool.map)
         except RuntimeError:  # that somebody has reported
@@ -1425,6 +1425,10 @@ class Decoder(Inflow):
                 self.wait_resident(stage)
                 self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
 
+    def last_stage(self) -> int:
+        """The last one to be decoded: no error is known that spoils it."""
+        return min(self.hold_stage, (self.arrivals.spoilt or NEVER) - 1)
+
     def due(self) -> int:
         """The stage to be decoded. While no worker has a model: the most complete that has arrived, or the first.
 
@@ -1433,7 +1437,7 @@ class Decoder(Inflow):
         """
         if not self.arrivals.offered:
             return max(1, min(self.arrivals.resident_stage(), self.start_stage))
-        later = range(self.stage + 1, self.hold_stage + 1)
+        later = range(self.stage + 1, self.last_stage() + 1)
         soon = [stage for stage in later if self.arrivals.seconds_until_resident(stage) <= 4 * self.busy]
         return max([*later[:1], *soon])
 

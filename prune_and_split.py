@@ -1083,6 +1083,7 @@ class Planes:
     weights: int = 0  # in matrices that are coded
     escapes: int = 0
     plain_bytes: int = 0  # of tensors that are stored as they are
+    plain_matrices: Counter = field(default_factory=Counter)  # dtype -> bytes, of matrices among them
     coded: set[str] = field(default_factory=set)  # names of the matrices
     squares: float = 0.0  # of the weights, over the chunks that were looked at
 
@@ -1195,6 +1196,7 @@ def code_planes(source: Source, bits: list[int | str], folder: Path | None, max_
             else:
                 planes.append(stages[0], name, tensor.dtype, tensor.shape, data)
                 planes.plain_bytes += tensor.nbytes
+                planes.plain_matrices[tensor.dtype] += tensor.nbytes if len(tensor.shape) > 1 else 0
             progress.update(tensor.nbytes)
     return planes
 
@@ -1223,6 +1225,9 @@ def print_planes(source: Source, planes: Planes) -> None:
     print(f"\n{source.name}: {planes.escapes / max(1, planes.weights):.3%} of the weights are escapes")
     for row in rows:
         print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, wide, strict=True)))
+    for dtype, nbytes in planes.plain_matrices.items():
+        if nbytes:
+            print(f"  {nbytes:,} bytes of matrices in {dtype} do not gain: they come as they are, with stage 1")
 
 
 def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> list[dict]:

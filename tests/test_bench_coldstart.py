@@ -610,6 +610,19 @@ def test_prediction_for_progressive_knows_which_stage_is_served():
     assert bench_coldstart.predict(OURS, [5 * GB, GB], 5000.0) == pytest.approx(6 + 6)
 
 
+def test_prediction_for_planes_binds_the_whole_model_at_each_stage():
+    stages, steps = [300_000_000, 100_000_000, 250_000_000], {**OURS, "decode": 2 / GB}
+    # 25 MB/s: stage 1 is decoded as it arrives.
+    assert bench_coldstart.predict(steps, stages, 25.0, GB) == pytest.approx(12.5 + 0.25)
+    # Everything has arrived after 0.8 s and is decoded long before the engine is there, of which the model costs all.
+    assert bench_coldstart.predict(steps, stages, 5000.0, GB) == pytest.approx(8 + 0.5)
+    # 100 MB/s: the second stage arrives after 4.5 s, is decoded until 6.5 s, and has to be bound.
+    assert bench_coldstart.predict({**steps, "listening": 5.0}, stages, 100.0, GB) == pytest.approx(6 + 1)
+    # The same where decoding is slow.
+    slow = {**steps, "listening": 5.0, "decode": 5 / GB}
+    assert bench_coldstart.predict(slow, stages, 100.0, GB) == pytest.approx(4.5 + 5 + 0.25)
+
+
 def stock_trial(mode, mbps, total, dd):
     """What a server of exactly the step times STOCK would have measured."""
     read, pack = total * max(STOCK["load"], 1 / dd / 1e6), total * STOCK["pack"]
@@ -722,6 +735,10 @@ def test_planes_beside_their_source(planes_tiny, tmp_path):
     baseline, progressive = sorted(result["trials"], key=lambda trial: trial["mode"])
     assert sum(progressive["weight_bytes"]) < baseline["weight_bytes"][0]
     assert progressive["answers"][-1]["answer"] == baseline["answer"]
+    assert progressive["model_bytes"] == result["model_bytes"] == baseline["weight_bytes"][0]
+    samples = result["decoder_alone"]["checkpoint"]
+    assert len(samples) == 2 * bench_coldstart.STORAGE_SAMPLES
+    assert all(len(sample) == 3 and min(sample) > 0 for sample in samples)  # stage 1, 1 and 2, all
 
 
 def test_modes_that_cannot_run_here_name_the_way_out(split_tiny, monkeypatch):

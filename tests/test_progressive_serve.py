@@ -410,7 +410,11 @@ def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_flo
 def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
     """What is not verified must not get into the weights that are served."""
     copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
-    flip_last_byte(copy / "model-stage2.safetensors")
+    path = copy / "model-stage2.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little") + 1000] ^= 1  # in its first record
+    path.write_bytes(data)
+    os.utime(path, (0, 0))
     server = Server(copy, tmp_path / "log", *slowly(copy, 5))
     try:
         reader = server.hold_reader()
@@ -435,18 +439,24 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize(
-    "moment, number",
-    [*((moment, signal.SIGTERM) for moment in MOMENTS), ("importing", signal.SIGKILL), ("serving", signal.SIGKILL)],
+    "moment, number, kind",
+    [
+        *((moment, signal.SIGTERM, "split_tiny") for moment in MOMENTS),
+        ("importing", signal.SIGKILL, "split_tiny"),
+        ("serving", signal.SIGKILL, "split_tiny"),
+        ("importing", signal.SIGTERM, "planes_tiny"),
+        ("serving", signal.SIGKILL, "planes_tiny"),
+    ],
 )
-def test_any_signal_at_any_moment_ends_everything(moment, number, split_tiny, tmp_path):
+def test_any_signal_at_any_moment_ends_everything(moment, number, kind, request, tmp_path):
     """Stage 1 arrives slowly, so that the reader lives all the while."""
-    temporary = tmp_path / "tmp"
+    temporary, checkpoint = tmp_path / "tmp", request.getfixturevalue(kind)
     temporary.mkdir()
-    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny, 60), TMPDIR=str(temporary))
+    server = Server(checkpoint, tmp_path / "log", *slowly(checkpoint, 60), TMPDIR=str(temporary))
     try:
         reader = server.reader()
         server.wait_for(lambda: MOMENTS[moment](server, reader))
-        processes = [reader, *psutil.Process(server.process.pid).children(recursive=True)]
+        processes = {reader, *reader.children(), *psutil.Process(server.process.pid).children(recursive=True)}
         server.process.send_signal(number)
         assert server.process.wait(10) in (0, -number, 128 + number)
         _, alive = psutil.wait_procs(processes, timeout=10)

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import vllm
@@ -833,17 +834,17 @@ def test_damaged_record_is_not_handed_out(stage, planes_tiny, tmp_path):
 
 
 def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
-    decoding = Decoding(planes_tiny)
+    """Though all its bytes are there, so that it could be tried in place of the stage before it."""
+    decoding = Decoding(planes_tiny, start_stage=1)
     decoding.arrive(1, 2)
-    decoding.journal.mark("error", text="stage 3 is gone", stage=3)
+    decoding.arrive(3, verified=False)
+    decoding.journal.mark("error", text="stage 3 is bad", stage=3)
     decoding.journal.mark("model created", rank=0)
-    for bound in (0, 1):
-        if (stage := decoding.source.next_stage(bound)) == 2:
-            break
-        decoding.weights(1, 1)
-    assert len(decoding.weights(bound + 1, stage)) > 4
-    with pytest.raises(RuntimeError, match="stage 3 is gone"):
-        decoding.weights(3, decoding.source.next_stage(2))
+    for stage in (1, 2):
+        assert decoding.source.next_stage(stage - 1) == stage
+        assert len(decoding.weights(stage, stage)) > 4
+    with pytest.raises(RuntimeError, match="stage 3 is bad"):
+        decoding.source.next_stage(2)
     decoding.thread.join(30)
     assert not decoding.thread.is_alive()
 
@@ -857,14 +858,18 @@ def test_stage_that_holds_more_than_the_manifest_says(planes_tiny):
     assert decoding.source.arrivals.spoilt in (1, 3)
 
 
-def test_decoder_that_dies_is_missed(planes_tiny):
-    """With the reader process, when all bytes are resident but not all stages decoded."""
+@pytest.mark.parametrize("killed", ["reader", "decoder"])
+def test_decoder_that_dies_is_missed(killed, planes_tiny):
+    """When all bytes are resident, but not all stages decoded; whichever dies, the other does not stay."""
     reading = Reading(planes_tiny, start_stage=1)
-    reading.wait_for_all()
-    reading.wait_for(lambda progress: 1 in progress.decoded)
     failures = []
     reading.launch.on_failure = failures.append
-    reading.launch.reader.kill()
+    reading.wait_for_all()
+    reading.wait_for(lambda progress: 1 in progress.decoded)
+    reader = psutil.Process(reading.launch.reader.pid)
+    (decoder,) = reader.children()
+    (reader if killed == "reader" else decoder).kill()
+    assert psutil.wait_procs([reader, decoder], timeout=30)[1] == []
     deadline = time.monotonic() + 30
     while not failures and time.monotonic() < deadline:
         time.sleep(0.01)
