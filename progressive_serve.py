@@ -842,6 +842,7 @@ class Arrivals:
     offered: list[int] = field(default_factory=list)  # stages that the decoder has offered, in this order
     tensors: dict[int, list[dict]] = field(default_factory=lambda: collections.defaultdict(list))  # made, by stage
     decoded: set[int] = field(default_factory=set)  # stages whose tensors are all made
+    imported: bool = False  # whether the server has torch and vLLM
     created: bool = False  # whether a worker has an empty model
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     first: FirstStage | None = None  # once it is decided
@@ -865,6 +866,8 @@ class Arrivals:
             self.tensors[fields.pop("stage")].append(fields)
         elif event == "decoded":
             self.decoded.add(fields["stage"])
+        elif event == "imported":
+            self.imported = True
         elif event == "model created":
             self.created = True
         elif event == "bound":
@@ -1399,7 +1402,7 @@ class Decoder(Inflow):
     """Makes the tensors of stages of planes, in the buffer, once for all workers.
 
     It begins with the bytes, on a core that is idle while the server imports, and with what has arrived: when more has
-    before a worker has a model, it begins again. From then on it offers one stage after the other, the next as it
+    while there is time, it begins again. Once a worker has a model it offers one stage after the other, the next as it
     arrives or, if that does not take longer, a better one; and no more of it is made than the workers are about to
     take. What they take then gets into what is served, so what is used before its file is verified has been by itself.
     """
@@ -1480,8 +1483,8 @@ class Decoder(Inflow):
             self.buffer.clear(self.stage)
 
     def is_overtaken(self) -> bool:
-        """Whether something better than what nobody has been offered yet can be made."""
-        return not self.arrivals.offered and self.due() > self.stage
+        """Whether something better than what nobody has been offered yet can be made: there is time during imports."""
+        return not self.arrivals.imported and not self.arrivals.offered and self.due() > self.stage
 
     def tensors(self, room: Callable, run: Callable) -> Iterator[tuple[str, str, list[int]]]:
         """Make one tensor after the other, of all planes so far: (name, dtype, shape). room, run: see join_planes."""
@@ -1552,7 +1555,10 @@ def run_decoder(job: ReadJob, plan: Plan, reader: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != reader:
         os._exit(1)
+    os.setsid()  # where the kernel schedules sessions as groups, niceness counts within one only
     os.nice(DECODER_NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(DECODER_NICENESS))
     Decoder(job, plan).run()
 
 

@@ -774,7 +774,7 @@ def test_decoder_makes_each_stage(planes_tiny):
 
 
 def test_decoder_begins_again_when_more_has_arrived(planes_tiny):
-    """Before a worker has a model. Not above the stage that is to be served first."""
+    """As long as the server imports. Not above the stage that is to be served first."""
     decoding = Decoding(planes_tiny)
     decoding.arrive(1)
     decoding.wait_for(lambda arrivals: 1 in arrivals.decoded)
@@ -784,6 +784,13 @@ def test_decoder_begins_again_when_more_has_arrived(planes_tiny):
     decoding.journal.mark("model created", rank=0)
     assert decoding.source.next_stage(0) == 3
     assert_same(decoding.weights(1, 3), load_file(planes_tiny.with_name("model") / "model.safetensors"))
+    too_late = Decoding(planes_tiny)
+    too_late.arrive(1)
+    too_late.wait_for(lambda arrivals: 1 in arrivals.decoded)
+    too_late.journal.mark("imported")
+    too_late.arrive(2, 3)
+    too_late.journal.mark("model created", rank=0)
+    assert too_late.source.next_stage(0) == 1
     held_back = Decoding(planes_tiny, start_stage=2)
     held_back.arrive(1, 2, 3)
     held_back.wait_for(lambda arrivals: 2 in arrivals.decoded)
