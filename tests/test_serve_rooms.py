@@ -876,11 +876,11 @@ def test_decoder_that_dies_is_missed(killed, planes_tiny):
     reader = psutil.Process(reading.launch.reader.pid)
     (decoder,) = reader.children()
     (reader if killed == "reader" else decoder).kill()
-    assert psutil.wait_procs([reader, decoder], timeout=30)[1] == []
     deadline = time.monotonic() + 30
     while not failures and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "reader process stopped at stage 2" in failures[0]
+    assert psutil.wait_procs([reader, decoder], timeout=30)[1] == []
 
 
 # ---- launch ----------------------------------------------------------------------------------------
