@@ -1440,10 +1440,11 @@ def plot_timeline(result: dict, path: Path) -> None:
             for part in row["intervals"]:
                 colour = COLOURS[STEPS.index(part["step"])]
                 axis.barh(place, part["end"] - part["begin"], left=part["begin"], color=colour, height=0.7)
-            for stage, seconds in row.get("stage_seconds", {}).items():
+            for seconds, stages in itertools.groupby(row.get("stage_seconds", {}).items(), key=lambda item: item[1]):
                 if seconds > row["ttft"]:
                     axis.plot(seconds, place, marker="|", color="black", markersize=12, markeredgewidth=2)
-                    axis.annotate(stage, (seconds, place), (3, 4), textcoords="offset points", fontsize=8)
+                    names = ", ".join(stage for stage, _ in stages)
+                    axis.annotate(names, (seconds, place), (3, 4), textcoords="offset points", fontsize=8)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.4, -0.6)
         axis.set_title(panel_title(result, mbps), fontsize=10, loc="left")
@@ -1467,23 +1468,25 @@ def plot_timeline(result: dict, path: Path) -> None:
 
 
 def plot_ttft(result: dict, path: Path) -> None:
-    """TTFT against the measured bandwidth, a line per mode, with both floors."""
+    """TTFT against the measured bandwidth, a line per mode; floors of the first stages and of a loader of all bytes."""
     from matplotlib.figure import Figure
 
     summary = summarise(result)
     points = [point for point in summary if point["read_mbps"] is not None]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
+    low, high = min(point["dd_mbps"] for point in points), max(point["dd_mbps"] for point in points)
+    speeds = [low * (high / low) ** (step / 200) for step in range(201)]
+    warm = [point["ttft"] for point in summary if point["mode"] == "warm"]
     for mode in sorted({point["mode"] for point in points}, key=place_of):
         line = sorted((point["dd_mbps"], point["ttft"]) for point in points if point["mode"] == mode)
-        axis.plot(*zip(*line, strict=True), marker="o", label=mode, linewidth=2.5 if mode == "progressive" else 1.5)
-    low, high = min(point["dd_mbps"] for point in points), max(point["dd_mbps"] for point in points)
-    warm = [point["ttft"] for point in summary if point["mode"] == "warm"]
+        (drawn,) = axis.plot(*zip(*line, strict=True), marker="o", label=mode, linewidth=2)
+        if warm and kind_of(mode) == "progressive":
+            floor = [floors(warm[0], speed, bytes_of(result, mode)[0])[0] for speed in speeds]
+            axis.plot(speeds, floor, color=drawn.get_color(), linestyle="--", linewidth=1, label=f"floor of {mode}")
     if warm:
-        speeds = [low * (high / low) ** (step / 200) for step in range(201)]
-        pairs = [floors(warm[0], speed, result["stage_bytes"]) for speed in speeds]
-        for name, style, line in zip(("stage 1", "full model"), ("--", ":"), zip(*pairs, strict=True), strict=True):
-            axis.plot(speeds, line, color="black", linestyle=style, linewidth=1, label=f"floor, {name}")
+        floor = [floors(warm[0], speed, result["stage_bytes"])[1] for speed in speeds]
+        axis.plot(speeds, floor, color="black", linestyle=":", linewidth=1, label="floor of a loader of all bytes")
     axis.set_xscale("log")
     ticks = sorted({point["dd_mbps"] for point in points})
     axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
