@@ -1555,10 +1555,7 @@ def run_decoder(job: ReadJob, plan: Plan, reader: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != reader:
         os._exit(1)
-    os.setsid()  # where the kernel schedules sessions as groups, niceness counts within one only
     os.nice(DECODER_NICENESS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(DECODER_NICENESS))
     Decoder(job, plan).run()
 
 
