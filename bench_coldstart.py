@@ -247,7 +247,8 @@ spec.loader.exec_module(server)
 server.import_for_decoding()
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 files = [safe_open(file, "numpy") for file in stages]
-names = [name for name in files[0].keys() if name.endswith(server.RECORD)]
+common = set.intersection(*(set(file.keys()) for file in files))
+names = [name for name in files[0].keys() if name in common and name.endswith(server.RECORD)]
 seconds, done, memory = [0.0] * len(files), 0, bytearray(1)
 for turn, name in enumerate([names[0], *names]):
     records = [memoryview(file.get_tensor(name)) for file in files]

