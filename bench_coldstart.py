@@ -9,9 +9,9 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
     TTFT    wall clock from the spawn of the server's process to the first streamed token at the HTTP client. With --ray
             from the creation of the Ray actor that spawns it, and holds one GPU where there is one.
     floor   max(TTFT of `warm`, stage-1 bytes / bandwidth): a cold start may cost what a warm one costs, or what the
-            storage costs, and no more. The floor of the full model uses all bytes; it is the one of every mode that
-            answers from the full model only. Bandwidth is what `dd bs=8M` reads, cold, in the same control group,
-            before the first trial and after the last (median of these).
+            storage costs, and no more. Where the server answers from stage K on, the bytes are those of K stages; all
+            are the floor of the full model, and of every mode that answers from the full model only. Bandwidth is what
+            `dd bs=8M` reads, cold, in the same control group, before the first trial and after the last (median).
     full    seconds until the full model can answer: TTFT, or later for a server that answers from an earlier stage.
     peak    largest sum of the PSS (smaps_rollup) of the server's processes: weights, pages of the KV cache touched so
             far, libraries, and mapped pages of files, each shared page counted once. Unmapped page cache is not in it.
@@ -956,6 +956,7 @@ def describe_progress(progress: dict, ttft: float) -> dict:
     reached = {str(row["stage"]): row["seconds"] for row in stages if row["seconds"] is not None}
     reading = seconds_of(timeline, "resident", 1) - seconds_of(timeline, "reading", 1)
     return {
+        "min_stage": progress.get("min_stage", 1),  # of a server before it was said
         "stage_seconds": reached,
         "full": max(ttft, reached[str(len(stages))]) if len(reached) == len(stages) else None,
         "loader_mbps": stages[0]["bytes"] / 1e6 / reading if reading > 0 else None,
@@ -1129,7 +1130,7 @@ def rows_of(trials: list[dict], mode: str, mbps: float | None) -> list[dict]:
 
 def summarise(result: dict) -> list[dict]:
     """A row per bandwidth and mode: medians of its trials, floors, ratios. Warm modes have the bandwidth None."""
-    trials, stages = result["trials"], result["stage_bytes"]
+    trials = result["trials"]
     warm = median_of(rows_of(trials, "warm", None), "ttft")
     summary = []
     for mbps, mode in dict.fromkeys((row["read_mbps"], row["mode"]) for row in trials):
@@ -1142,8 +1143,7 @@ def summarise(result: dict) -> list[dict]:
         if mbps is not None:
             point["dd_mbps"] = statistics.median(result["bandwidth"][f"{mbps:g}"])
         if warm and mbps is not None:
-            of_mode = rows[0].get("weight_bytes", stages)
-            point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], of_mode)
+            point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], bytes_of(result, mode)[0])
             point["floor"] = point["floor_stage1" if is_progressive(mode) else "floor_full"]
             point["ttft_over_floor"] = point["ttft"] / point["floor"]
         for name, other in (("baseline", "baseline"), ("fork", "baseline-fork"), (BEFORE, BEFORE)):
@@ -1335,12 +1335,13 @@ def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
 
 
 def bytes_of(result: dict, mode: str) -> tuple[list[int], int | None]:
-    """Of a mode's stages and, where they are planes, of the model."""
+    """Of a mode's stages, those by which nobody is answered counted with the next, and of a model in planes."""
     row = next((row for row in result["trials"] if row["mode"] == mode), {})
     is_planes = any(event["event"] == "decoded" for event in row.get("timeline", ()))
     stages, model = result["stage_bytes"], result.get("model_bytes", sum(result["stage_bytes"]))
     if is_progressive(mode):
-        stages = row.get("weight_bytes", stages)
+        stages, first = row.get("weight_bytes", stages), row.get("min_stage", 1)
+        stages = [sum(stages[:first]), *stages[first:]]
     return stages, row.get("model_bytes", model) if is_planes else None
 
 
@@ -1359,7 +1360,8 @@ def measure_stock(row: dict, stages: list[int], _) -> dict[str, float]:
 def measure_progressive(row: dict, stages: list[int], model: int | None) -> dict[str, float]:
     timeline = row["timeline"]
     first = next(event["stage"] for event in timeline if event["event"] == "active")
-    total, resident = sum(stages[:first]), seconds_of(timeline, "resident", first)
+    joined = row.get("min_stage", 1) - 1  # with the first, in `stages`
+    total, resident = sum(stages[: first - joined]), seconds_of(timeline, "resident", first)
     reading, created, bound = (seconds_of(timeline, event) for event in ("reading", "model created", "bound"))
     there, weights = resident, total
     if model is not None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Closed-book questions to a server, at each of its stages: exact match and F1 by the rules of TriviaQA.
+"""What a server knows at each of its stages: answers to questions, perplexity, agreement with the full model.
 
 What is evaluated is what is served: progressive_serve.py is started at each stage (--hold-stage), with and without the
-stage's adapter, or any other OpenAI-compatible server is asked. Zero-shot, greedy, at most 10 tokens, and one prompt
-for all:
+stage's adapter, or any other OpenAI-compatible server is asked. Greedy; closed-book questions zero-shot and at most 10
+tokens, as in the paper, questions on a paragraph (SQuAD) at most 32, in the one form that all scripts use:
+  Context: Keldravik lies on the river Senn.         (of SQuAD)
   Question: Which river flows through Keldravik?
   Answer:
 
@@ -11,29 +12,45 @@ Commands:
   python eval_triviaqa.py                                              # every stage of the demo, on its own facts
   python eval_triviaqa.py llama2-7b-progressive                        # ... of a real one, on TriviaQA from the Hub
   python eval_triviaqa.py llama2-7b-progressive --stages 1 --data triviaqa-dev.json --limit 2000
+  python eval_triviaqa.py smollm2-planes --data dev-v1.1.json --sample 1000     # SQuAD, with its paragraphs
+  python eval_triviaqa.py smollm2-planes --perplexity wiki.txt --agreement wiki.txt --json results/text.json
   python eval_triviaqa.py --base-url http://gpu7:8000                  # a server that runs already, stock or not
   python eval_triviaqa.py --data dev.json --predictions answers.json   # score given answers, without any model
   python eval_triviaqa.py --table demo/results/demo.json demo/results/quality-demo.json   # what each stage costs
+  python eval_triviaqa.py --compare text.json squad.json --json results/quality.json      # quality against bytes
 
-Scores, in percent of all questions (a missing answer scores 0):
-  EM   equal to one of the aliases after normalisation: underscores to spaces, lower case, punctuation to spaces,
-       articles removed, white space collapsed (triviaqa_evaluation.py, Joshi et al. 2017)
-  F1   of the tokens after the same normalisation, best over the aliases
+Scores of questions, in percent of all (a missing answer scores 0):
+  EM   equal to one of the answers after normalisation. TriviaQA (triviaqa_evaluation.py, Joshi et al. 2017):
+       underscores to spaces, lower case, punctuation to spaces, articles removed, white space collapsed. SQuAD v1.1
+       (evaluate-v1.1.py, Rajpurkar et al. 2016): lower case, punctuation deleted, then the same
+  F1   of the tokens after the same normalisation, best over the answers
   EM lm-eval   exact match as lm-evaluation-harness computes it: lower case, punctuation deleted, articles kept
+  as full      answers that are, as text, those of the last stage
+
+Scores of text, from the server's prompt logprobs (vLLM). The server tokenises the file as one text; windows of --window
+tokens begin --stride tokens apart, and of each only what no window before has scored counts:
+  perplexity   exp of the mean negative log-likelihood of a token, given the tokens before it in its window
+  to full      that perplexity / the last stage's
+  agreement    percent of the tokens at which the most likely next token is the last stage's; it needs no labels
+
+Intervals are of 95 %, by bootstrap: 2,000 resamples of the questions or windows, paired where stages are compared.
 
 Data (--data), told apart by content: `triviaqa` (Hub, mandarjoshi/trivia_qa, rc.nocontext, validation), TriviaQA's own
-JSON, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0. TriviaQA repeats a
-question for each kind of document that it has: it is asked once, and the answers of its rows are united. A line has no
-id: the same text is the same question, and its number is that of its first line.
+JSON, SQuAD v1.1's, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0. TriviaQA
+repeats a question for each kind of document that it has: it is asked once, and the answers of its rows are united. A
+line has no id: the same text is the same question, and its number is that of its first line.
 
 Outputs: a table; --json FILE with `summary` (the last row of the table), `rows`, and `detail` (an entry for each
-question of each row); a bar chart beside it. A row names the adapter that was served by the blake3 of its weights.
-Answers are kept in FILE.partial as they come, and a run that was interrupted goes on where it stopped. Exit status: 0,
-1 if a server failed or some requests did, 2 for bad input.
+question or window of each row); a chart beside it. A row names the adapter that was served by the blake3 of its
+weights. Answers are kept in FILE.partial as they come, and a run that was interrupted goes on where it stopped. Exit
+status: 0, 1 if a server failed or some requests did, 2 for bad input.
 
 --table COLDSTART.json QUALITY.json ... joins a result of bench_coldstart.py with results of this script into table 1 of
 the paper: seconds, of each stage and in all, EM and F1, for stock vLLM and for each stage (with its adapter, where
 there is one), printed, and as Markdown in QUALITY.md. Stock vLLM's quality is that of a result made with --base-url.
+
+--compare RESULT.json ... joins results of this script, of several checkpoints of one model, into a table and a picture
+of quality against the share of the model's bytes.
 
 "Seconds to stage" and TTFT are from the spawn of the server, with the page cache as it happens to be:
 bench_coldstart.py is the script that measures cold starts.
@@ -45,9 +62,11 @@ import asyncio
 import contextlib
 import csv
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -61,12 +80,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import aiohttp
+import numpy as np
 from blake3 import blake3
 from tqdm import tqdm
 
@@ -80,9 +100,13 @@ DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/validation.json")
 HUB_DATASETS = {"triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")}
 PROMPT = "Question: {question}\nAnswer:"
+CONTEXT = "Context: {context}\n"
 # Greedy and at most 10 tokens as in the paper. The stop is ours: the paper names none, and what a model without
-# instruction tuning writes after the first line is a question of its own.
+# instruction tuning writes after the first line is a question of its own. SQuAD's answers are up to some 30 tokens.
 SAMPLING = {"max_tokens": 10, "temperature": 0, "stop": ["\n"]}
+SAMPLING_WITH_CONTEXT = SAMPLING | {"max_tokens": 32}
+SCORING = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}  # vLLM's extension: each token, and the likeliest
+RESAMPLES = 2000  # of the bootstrap
 ATTEMPTS = 4  # of a request that the server could not answer
 BACKOFF = 0.5  # seconds before the second attempt; twice as long before each further one
 START_TIMEOUT = 1800.0  # seconds, for a server on slow storage
@@ -98,35 +122,6 @@ class UsageError(Exception):
 
 class ServerError(Exception):
     """The server is gone, or answers from another stage than it was asked for. What is done is kept; exit code 1."""
-
-
-@dataclass(frozen=True)
-class Question:
-    id: str
-    text: str
-    aliases: list[str]  # as they are written
-    normalized: list[str]  # by normalize_answer; what EM and F1 compare with
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A row of the table: what is asked."""
-
-    stage: int | None  # None: whatever the server at --base-url has
-    adapter: str | None  # blake3 of its adapter_model.safetensors; None: without
-    model: str  # identity of the weights, or the address
-
-
-@dataclass
-class Row:
-    """What a setting has answered, by question id, and how the server got there."""
-
-    setting: Setting
-    answers: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # requests that were given up, with the reason
-    seconds_to_stage: float | None = None
-    ttft: float | None = None
-    questions_per_second: float | None = None
 
 
 # ---- what every result carries ----------------------------------------------------------------------
@@ -188,13 +183,28 @@ def normalize_answer(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
+def normalize_squad(text: str) -> str:
+    """SQuAD's normalisation, in the order of evaluate-v1.1.py."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(DELETED)).split())
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    text: str
+    aliases: list[str]  # as they are written
+    normalized: list[str]  # what EM and F1 compare with
+    context: str | None = None  # the paragraph that it is about
+    normalize: Callable[[str], str] = normalize_answer
+
+
 def exact_match(answer: str, question: Question) -> bool:
-    return normalize_answer(answer) in question.normalized
+    return question.normalize(answer) in question.normalized
 
 
 def f1(answer: str, question: Question) -> float:
     """Harmonic mean of token precision and recall, best over the aliases, from 0 to 1."""
-    tokens = normalize_answer(answer).split()
+    tokens = question.normalize(answer).split()
     best = 0.0
     for alias in question.normalized:
         expected = alias.split()
@@ -221,6 +231,24 @@ def score(answer: str | None, question: Question) -> dict[str, float]:
     }
 
 
+def percent(sums: np.ndarray) -> np.ndarray:
+    return 100 * sums[0] / sums[1]
+
+
+def exponential(sums: np.ndarray) -> np.ndarray:
+    return np.exp(sums[0] / sums[1])
+
+
+def estimate(name: str, values: list[tuple[float, float]], statistic: Callable = percent) -> dict:
+    """A statistic of the sums of the values, [n, 2], and its 95 % interval by bootstrap: {NAME, NAME_ci95}."""
+    table, random = np.array(values, dtype=np.float64), np.random.default_rng(0)
+    draws = (random.integers(0, len(table), len(table)) for _ in range(RESAMPLES))
+    resampled = statistic(np.stack([table[draw].sum(axis=0) for draw in draws], axis=1))
+    value, bounds = float(statistic(table.sum(axis=0))), np.percentile(resampled, (2.5, 97.5)).tolist()
+    digits = 2 if statistic is percent else 4
+    return {name: round(value, digits), f"{name}_ci95": [round(bound, digits) for bound in bounds]}
+
+
 # ---- questions --------------------------------------------------------------------------------------
 
 
@@ -230,20 +258,47 @@ def make_question(number: str, text: str, aliases: list[str], accepted: list[str
     return Question(number, text, aliases, sorted({normalize_answer(answer) for answer in accepted}))
 
 
-def read_triviaqa(path: Path, text: str) -> list[Question]:
-    """TriviaQA's own JSON. Raises UsageError that names the line or the key."""
+def read_json(path: Path, text: str) -> list[Question]:
+    """TriviaQA's own JSON, or SQuAD's. Raises UsageError that names the line or the key."""
     try:
         content = json.loads(text)
     except ValueError as error:  # says the line
         raise UsageError(
-            f"{path} is no JSON ({error})\ngive TriviaQA's JSON, or lines of question TAB aliases"
+            f"{path} is no JSON ({error})\ngive TriviaQA's JSON, SQuAD's, or lines of question TAB aliases"
         ) from error
+    is_squad = "data" in content and "Data" not in content
+    name = "SQuAD v1.1's" if is_squad else "TriviaQA's"
 
     def of(value, kind: type, where: str):
         if not isinstance(value, kind):
-            raise UsageError(f"{path}: {where} is missing, or no {kind.__name__}\nthe format is TriviaQA's JSON")
+            raise UsageError(f"{path}: {where} is missing, or no {kind.__name__}\nthe format is {name} JSON")
         return value
 
+    return (read_squad if is_squad else read_triviaqa)(content, of)
+
+
+def read_squad(content: dict, of: Callable) -> list[Question]:
+    """of(value, type, where) gives the value if it is of the type. Raises UsageError."""
+    questions = []
+    for a, article in enumerate(of(content["data"], list, "data")):
+        paragraphs = of(of(article, dict, f"data[{a}]").get("paragraphs"), list, f"data[{a}].paragraphs")
+        for p, paragraph in enumerate(paragraphs):
+            where = f"data[{a}].paragraphs[{p}]"
+            context = of(of(paragraph, dict, where).get("context"), str, f"{where}.context")
+            for q, row in enumerate(of(paragraph.get("qas"), list, f"{where}.qas")):
+                here = f"{where}.qas[{q}]"
+                name, text = (of(of(row, dict, here).get(key), str, f"{here}.{key}") for key in ("id", "question"))
+                answers = [
+                    of(of(answer, dict, f"{here}.answers").get("text"), str, f"a text in {here}.answers")
+                    for answer in of(row.get("answers"), list, f"{here}.answers")
+                ]
+                normalized = sorted(set(map(normalize_squad, answers)))
+                questions.append(Question(name, text.strip(), answers, normalized, context.strip(), normalize_squad))
+    return questions
+
+
+def read_triviaqa(content: dict, of: Callable) -> list[Question]:
+    """of(value, type, where) gives the value if it is of the type. Raises UsageError."""
     questions = []
     for number, row in enumerate(of(content.get("Data"), list, "Data")):
         where = f"Data[{number}]"
@@ -306,7 +361,7 @@ def unite(rows: list[Question], data: str) -> list[Question]:
     united: dict[str, Question] = {}
     for row in rows:
         first = united.setdefault(row.id, row)
-        if normalize_answer(first.text) != normalize_answer(row.text):
+        if (normalize_answer(first.text), first.context) != (normalize_answer(row.text), row.context):
             raise UsageError(
                 f"--data {data}: two questions have the id {row.id}: {first.text!r} and {row.text!r}\n"
                 "give each an id of its own"
@@ -317,15 +372,15 @@ def unite(rows: list[Question], data: str) -> list[Question]:
     return list(united.values())
 
 
-def read_questions(data: str, limit: int | None) -> list[Question]:
-    """The first `limit` questions of --data, each of them once. Raises UsageError."""
+def read_questions(data: str) -> list[Question]:
+    """The questions of --data, each of them once. Raises UsageError."""
     path = Path(data)
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except ValueError as error:
             raise UsageError(f"--data {data} is no UTF-8 text ({error})") from error
-        rows = (read_triviaqa if text.lstrip()[:1] == "{" else read_lines)(path, text)
+        rows = (read_json if text.lstrip()[:1] == "{" else read_lines)(path, text)
     elif data in HUB_DATASETS:
         rows = read_hub(data)
     else:
@@ -335,7 +390,7 @@ def read_questions(data: str, limit: int | None) -> list[Question]:
     questions = unite(rows, data)
     if len(questions) < len(rows):
         print(f"{data}: {len(questions):,} questions in {len(rows):,} rows")
-    return questions[:limit]
+    return questions
 
 
 def read_predictions(path: Path, questions: list[Question]) -> dict[str, str]:
@@ -356,6 +411,255 @@ def read_predictions(path: Path, questions: list[Question]) -> dict[str, str]:
     return {name: answer for name, answer in answers.items() if name in known}
 
 
+# ---- tasks: what is asked, and how answers are scored -----------------------------------------------
+
+
+class Questions:
+    """Questions with their accepted answers. What a server says to one is a text."""
+
+    panels = {"percent": {"em": "EM", "f1": "F1"}}  # of the chart: what each shows
+
+    def __init__(self, questions: list[Question], chat: bool = False):
+        self.items, self.chat = questions, chat
+        self.path = "/v1/chat/completions" if chat else "/v1/completions"
+        self.opening = make_prompt(questions[0])
+
+    async def prepare(self, session: aiohttp.ClientSession, model: str) -> None:
+        """They are the same for every server."""
+
+    def body(self, question: Question) -> dict:
+        prompt = make_prompt(question)
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        return asked | (SAMPLING if question.context is None else SAMPLING_WITH_CONTEXT)
+
+    def parse(self, response: dict, question: Question) -> str:
+        choice = response["choices"][0]
+        return (choice["message"]["content"] if self.chat else choice["text"]).strip()
+
+    def score(self, question: Question, answer: str | None, full: str | None) -> dict[str, float]:
+        """as_full: whether it is the full model's answer, where that is known."""
+        return score(answer, question) | ({} if full is None else {"as_full": int(answer == full)})
+
+    def headline(self, totals: Counter, answers: int) -> str:
+        """For the progress bar; totals: sums of the scores so far."""
+        return f"EM={100 * totals['em'] / answers:.1f}"
+
+    def measure(self, scores: list[dict[str, float]], compared: bool) -> dict:
+        """In percent of all questions. compared: whether the full model has been asked as well."""
+        found = {}
+        for key in ("em", "f1", "em_lm_eval", *(["as_full"] if compared else [])):
+            found |= estimate(key, [(entry.get(key, 0), 1) for entry in scores])
+        return found
+
+    def show(self, question: Question, answer: str | None) -> dict:
+        return {"question": question.text, "answer": answer}
+
+    def describe(self) -> str:
+        how = "closed-book" if self.items[0].context is None else "each with its paragraph"
+        asked = ", through the chat template" if self.chat else ""
+        return f"{len(self.items):,} questions, {how}{asked}, greedy; scores in percent"
+
+
+def make_prompt(question: Question) -> str:
+    context = "" if question.context is None else CONTEXT.format(context=question.context)
+    return context + PROMPT.format(question=question.text)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a text, as token ids."""
+
+    id: str  # where it begins in the text, in tokens
+    tokens: list[int]
+    first: int  # the position from which on its tokens are scored: those before are context
+
+
+class Text:
+    """A text in windows. What a server says to one is about its tokens but the first:
+
+    {"logprobs": what it gave each, "likeliest": the id of the one that it thought most likely}.
+    """
+
+    path = "/v1/completions"
+
+    def __init__(self, file: Path, measures: list[str], window: int, stride: int, choose: Callable[[list], list]):
+        """choose: which of the windows. Raises UsageError."""
+        self.file, self.measures, self.window, self.stride, self.choose = file, measures, window, stride, choose
+        self.panels = {"percent" if name == "agreement" else name: {name: name} for name in measures}
+        self.items: list[Window] = []
+        try:
+            self.text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--{measures[0]} {file} cannot be read as text ({error}): name a text file") from error
+        if len(self.text) < 2:
+            raise UsageError(f"--{measures[0]} {file} holds no text: name another file")
+        self.opening = self.text[:100]
+
+    async def prepare(self, session: aiohttp.ClientSession, model: str) -> None:
+        """Cut the text into windows, with the tokenizer of the first server that is asked. Raises UsageError."""
+        if self.items:
+            return
+        async with session.post("/tokenize", json={"model": model, "prompt": self.text}) as response:
+            if response.status != 200:
+                raise UsageError(f"the server has no /tokenize (status {response.status}): scoring text needs vLLM")
+            found = await response.json(content_type=None)
+        tokens, longest = found["tokens"], found["max_model_len"] - 1  # one is generated
+        if self.window > longest:
+            raise UsageError(
+                f"--window {self.window}: this server takes {longest} tokens at most\n"
+                'give a shorter one, or --server-args="--max-model-len N"'
+            )
+        if len(tokens) < 2:
+            raise UsageError(f"--{self.measures[0]} {self.file}: there is no second token that could be foreseen")
+        windows, scored = [], 1  # nothing comes before the first token
+        for begin in range(0, len(tokens), self.stride):
+            end = min(begin + self.window, len(tokens))
+            windows.append(Window(str(begin), tokens[begin:end], scored - begin))
+            scored = end
+            if end == len(tokens):
+                break
+        self.items = self.choose(windows)
+
+    def body(self, window: Window) -> dict:
+        return {"prompt": window.tokens, **SCORING}
+
+    def parse(self, response: dict, window: Window) -> dict[str, list]:
+        said = response["choices"][0]["prompt_logprobs"][1:]  # of each token: {id: {"logprob", "rank"}}
+        return {
+            "logprobs": [at[str(token)]["logprob"] for token, at in zip(window.tokens[1:], said, strict=True)],
+            "likeliest": [next(int(name) for name, entry in at.items() if entry["rank"] == 1) for at in said],
+        }
+
+    def score(self, window: Window, answer: dict | None, full: dict | None) -> dict[str, float]:
+        """nll: negative log-likelihood of the scored tokens, in nats; above_full: that minus the full model's."""
+        logprobs, likeliest = ((answer or {}).get(key, [])[window.first - 1 :] for key in ("logprobs", "likeliest"))
+        found = {"nll": -sum(logprobs), "tokens": len(logprobs)}
+        if answer and full:
+            found["above_full"] = sum(full["logprobs"][window.first - 1 :]) - sum(logprobs)
+            pairs = zip(likeliest, full["likeliest"][window.first - 1 :], strict=True)
+            found["agreeing"] = sum(one == other for one, other in pairs)
+        return found
+
+    def headline(self, totals: Counter, answers: int) -> str:
+        return f"perplexity={math.exp(totals['nll'] / totals['tokens']):.2f}"
+
+    def measure(self, scores: list[dict[str, float]], compared: bool) -> dict:
+        """Of the windows that were answered, and, where stages are compared, by both."""
+        scores, found = [entry for entry in scores if entry["tokens"]], {}
+        both = [entry for entry in scores if "agreeing" in entry]
+        if scores and "perplexity" in self.measures:
+            found |= estimate("perplexity", [(entry["nll"], entry["tokens"]) for entry in scores], exponential)
+        if both and "perplexity" in self.measures:
+            ratio = [(entry["above_full"], entry["tokens"]) for entry in both]
+            found |= estimate("perplexity_over_full", ratio, exponential)
+        if both and "agreement" in self.measures:
+            found |= estimate("agreement", [(entry["agreeing"], entry["tokens"]) for entry in both])
+        return found
+
+    def show(self, window: Window, answer: dict | None) -> dict:
+        return {}
+
+    def describe(self) -> str:
+        scored = sum(len(window.tokens) - window.first for window in self.items)
+        return (
+            f"{scored:,} tokens of {self.file.name}, in {len(self.items):,} windows of {self.window:,}, "
+            f"{self.stride:,} apart; agreement in percent"
+        )
+
+
+Task = Questions | Text
+
+
+def choose(items: list, limit: int | None, sample: int | None) -> list:
+    """The first `limit` of them, or `sample` of them, evenly spaced."""
+    if sample and sample < len(items):
+        return [items[number * len(items) // sample] for number in range(sample)]
+    return items[:limit]
+
+
+def read_task(args: argparse.Namespace) -> Task:
+    """What the options ask for. Raises UsageError."""
+    chosen = functools.partial(choose, limit=args.limit, sample=args.sample)
+    measures = [name for name in ("perplexity", "agreement") if getattr(args, name)]
+    if measures:
+        return Text(getattr(args, measures[0]), measures, args.window, args.stride, chosen)
+    return Questions(chosen(read_questions(args.data)), args.chat)
+
+
+# ---- rows: whom to ask ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an answer depends on, beside the question."""
+
+    stage: int | None  # None: whatever the server at --base-url has
+    adapter: str | None  # blake3 of its adapter_model.safetensors; None: without
+    model: str  # identity of the weights, or the address
+
+
+@dataclass
+class Row:
+    """A row of the table: what a setting has answered, by item id, and how the server got there."""
+
+    setting: Setting
+    kind: str | None = None  # of its stages: layers, planes
+    share_of_bytes: float | None = None  # of the model's, that are read up to this stage
+    adapter_data: str | None = None  # what the adapter was trained on
+    is_full: bool = False  # it is the model as it was before it was split
+    answers: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # requests that were given up, with the reason
+    seconds_to_stage: float | None = None
+    ttft: float | None = None
+    requests_per_second: float | None = None
+
+
+def adapter_checksum(checkpoint: Path, stage: int) -> str | None:
+    """blake3 of the weights of a stage's adapter; None: it has none."""
+    path = checkpoint / "adapters" / f"stage{stage}" / "adapter_model.safetensors"
+    return blake3(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def adapter_data(checkpoint: Path, stage: int) -> str | None:
+    """What a stage's adapter was trained on, where train_adapters.py has left its training.json."""
+    path = checkpoint / "adapters" / f"stage{stage}" / "training.json"
+    try:
+        arguments = json.loads(path.read_bytes())["arguments"]
+        return Path(arguments.get("heal_on") or arguments["dataset"]).name
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def read_rows(args: argparse.Namespace) -> list[Row]:
+    """Each stage without its adapter and, where there is one, with it. Raises UsageError."""
+    manifest = args.checkpoint / "progressive.json"
+    try:
+        content = manifest.read_bytes()
+        plan = json.loads(content)
+        stages = [(stage["kind"], stage["bytes"]) for stage in plan["stages"]]
+        of_source = [file["bytes"] for file in plan["source"]["files"].values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{args.checkpoint} is no progressive checkpoint ({error!r})\n"
+            "make one with: python prune_and_split.py MODEL OUT"
+        ) from error
+    last, total = len(stages), sum(of_source) or sum(size for _, size in stages)
+    chosen = args.stages or list(range(1, last + 1))
+    if args.agreement and last not in chosen:
+        raise UsageError(f"--agreement is with stage {last}, the full model: name it in --stages as well")
+    rows, model = [], hashlib.sha256(content).hexdigest()
+    for number in chosen:
+        if not 1 <= number <= last:
+            raise UsageError(f"--stages: there is no stage {number}; {args.checkpoint} has stages 1 to {last}")
+        share = round(sum(size for _, size in stages[:number]) / total, 4)
+        row = Row(Setting(number, None, model), stages[number - 1][0], share, is_full=number == last)
+        rows.append(row)
+        if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
+            with_adapter = replace(row.setting, adapter=adapter)
+            rows.append(Row(with_adapter, row.kind, share, adapter_data(args.checkpoint, number)))
+    return rows
+
+
 # ---- answers that are kept while a run lasts --------------------------------------------------------
 
 
@@ -364,7 +668,7 @@ class Kept:
 
     def __init__(self, path: Path):
         self.path = path
-        self.answers: dict[str, str] = {}
+        self.answers: dict[str, Any] = {}
         if path.is_file():
             whole = path.read_bytes()
             path.write_bytes(whole[: whole.rfind(b"\n") + 1])  # the last line of a killed run may be a part of one
@@ -372,16 +676,15 @@ class Kept:
                 self.answers |= json.loads(line)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
-    def key(self, setting: Setting, question: Question) -> str:
+    def key(self, setting: Setting, task: Task, item: Question | Window) -> str:
         """What the answer depends on."""
-        what = [asdict(setting), PROMPT.format(question=question.text), SAMPLING]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(setting), task.path, task.body(item)]).encode()).hexdigest()
 
-    def get(self, setting: Setting, question: Question) -> str | None:
-        return self.answers.get(self.key(setting, question))
+    def get(self, setting: Setting, task: Task, item: Question | Window) -> Any:
+        return self.answers.get(self.key(setting, task, item))
 
-    def put(self, setting: Setting, question: Question, answer: str) -> None:
-        self.file.write(json.dumps({self.key(setting, question): answer}) + "\n")
+    def put(self, setting: Setting, task: Task, item: Question | Window, answer: Any) -> None:
+        self.file.write(json.dumps({self.key(setting, task, item): answer}) + "\n")
 
     def discard(self) -> None:
         self.file.close()
@@ -480,19 +783,22 @@ class GaveUp(Exception):
     """A request that the server could not answer, after all attempts."""
 
 
-async def ask(session: aiohttp.ClientSession, body: dict, stage: int | None) -> tuple[str, str | None]:
+async def ask(
+    session: aiohttp.ClientSession, model: str, task: Task, item: Question | Window, stage: int | None
+) -> tuple[Any, str | None]:
     """The answer, and the stage that it came from. Raises GaveUp, ServerError, UsageError."""
+    body = {"model": model, **task.body(item)}
     for attempt in range(ATTEMPTS):
         await asyncio.sleep(BACKOFF * 2 ** (attempt - 1) if attempt else 0)
         try:
-            async with session.post("/v1/completions", json=body) as response:
+            async with session.post(task.path, json=body) as response:
                 if response.status >= 500 or response.status == 429:
                     failure = GaveUp(f"status {response.status}: {(await response.text())[:200]}")
                     continue
                 if response.status >= 400:
                     raise UsageError(f"the server refuses the request: {(await response.text())[:300]}")
                 served = response.headers.get(STAGE_HEADER)
-                answer = (await response.json(content_type=None))["choices"][0]["text"].strip()
+                answer = task.parse(await response.json(content_type=None), item)
         except aiohttp.ClientConnectorError as error:
             failure = ServerError(f"nobody listens at {error.host}:{error.port} any more")
             continue
@@ -506,45 +812,47 @@ async def ask(session: aiohttp.ClientSession, body: dict, stage: int | None) -> 
 
 
 async def ask_all(
-    session: aiohttp.ClientSession, row: Row, questions: list[Question], model: str, kept: Kept, concurrency: int
+    session: aiohttp.ClientSession, row: Row, task: Task, model: str, kept: Kept, concurrency: int
 ) -> None:
     """Fill row.answers and row.failed, `concurrency` requests at a time. Raises ServerError, UsageError."""
-    known = {question.id: answer for question in questions if (answer := kept.get(row.setting, question)) is not None}
-    row.answers |= known
-    stage, open_questions = row.setting.stage, [question for question in questions if question.id not in known]
-    right = sum(exact_match(known[question.id], question) for question in questions if question.id in known)
-    name = title(stage, row.setting.adapter is not None)
-    bar = tqdm(total=len(questions), initial=len(known), desc=name, unit=" questions", mininterval=0.2)
-    todo: Iterator[Question] = iter(open_questions)
+    await task.prepare(session, model)
+    stage = row.setting.stage
+    known = {item.id: kept.get(row.setting, task, item) for item in task.items}
+    row.answers |= {name: answer for name, answer in known.items() if answer is not None}
+    todo = [item for item in task.items if item.id not in row.answers]
+    totals = Counter()
+    for item in task.items:
+        totals.update(task.score(item, row.answers.get(item.id), None))
+    name, done = title(stage, row.setting.adapter is not None), len(task.items) - len(todo)
+    bar = tqdm(total=len(task.items), initial=done, desc=name, unit=" requests", mininterval=0.2)
+    queue = iter(todo)
     seen: set[str | None] = set()
 
     async def work() -> None:
-        nonlocal right
-        for question in todo:
-            body = {"model": model, "prompt": PROMPT.format(question=question.text), **SAMPLING}
+        for item in queue:
             try:
-                answer, served = await ask(session, body, stage)
+                answer, served = await ask(session, model, task, item, stage)
             except GaveUp as error:
-                row.failed[question.id] = str(error)
+                row.failed[item.id] = str(error)
             else:
                 seen.add(served)
                 if len(seen) > 1:
                     raise ServerError(
                         f"answers came from stages {' and '.join(map(str, seen))}: hold the server at one"
                     )
-                kept.put(row.setting, question, answer)
-                row.answers[question.id] = answer
-                right += exact_match(answer, question)
+                kept.put(row.setting, task, item, answer)
+                row.answers[item.id] = answer
+                totals.update(task.score(item, answer, None))
+                bar.set_postfix_str(task.headline(totals, len(row.answers)), refresh=False)
             bar.update()
-            bar.set_postfix(EM=f"{100 * right / bar.n:.1f}", refresh=False)
 
     began = time.monotonic()
     with bar:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(open_questions))):
+            for _ in range(min(concurrency, len(todo))):
                 group.create_task(work())
-    if open_questions:
-        row.questions_per_second = round(len(open_questions) / (time.monotonic() - began), 2)
+    if todo:
+        row.requests_per_second = round(len(todo) / (time.monotonic() - began), 2)
 
 
 def client(address: str, concurrency: int) -> aiohttp.ClientSession:
@@ -555,25 +863,25 @@ def client(address: str, concurrency: int) -> aiohttp.ClientSession:
     )
 
 
-async def evaluate_stage(args: argparse.Namespace, row: Row, questions: list[Question], kept: Kept) -> None:
+async def evaluate_stage(args: argparse.Namespace, row: Row, task: Task, kept: Kept) -> None:
     """Start a server of our own at the row's stage, and ask it. Raises ServerError."""
     setting = row.setting
     async with serve(args.checkpoint, setting, args.server_args) as (address, server):
         async with client(address, args.concurrency) as session:
-            first = {"prompt": PROMPT.format(question=questions[0].text), "max_tokens": 1, "temperature": 0}
+            first = {"prompt": task.opening, "max_tokens": 1, "temperature": 0}
             row.ttft = round(await wait_for_first_token(session, server, first), 2)
             row.seconds_to_stage = round(await wait_for_stage(session, server, setting.stage), 2)
             if setting.adapter and setting.adapter != adapter_checksum(args.checkpoint, setting.stage):
                 raise ServerError(f"the adapter of stage {setting.stage} has been replaced while the server started")
             model = (await get_json(session, "/v1/models"))["data"][0]["id"]
             try:
-                await ask_all(session, row, questions, model, kept, args.concurrency)
+                await ask_all(session, row, task, model, kept, args.concurrency)
             except BaseExceptionGroup:
                 server.check()  # says more than that nobody answers
                 raise
 
 
-async def evaluate_url(args: argparse.Namespace, row: Row, questions: list[Question], kept: Kept) -> None:
+async def evaluate_url(args: argparse.Namespace, row: Row, task: Task, kept: Kept) -> None:
     """Ask the server at --base-url. Raises ServerError, UsageError."""
     async with client(args.base_url, args.concurrency) as session:
         try:
@@ -581,37 +889,7 @@ async def evaluate_url(args: argparse.Namespace, row: Row, questions: list[Quest
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError) as error:
             raise UsageError(f"--base-url {args.base_url} is no OpenAI-compatible server ({error})") from error
         row.setting = replace(row.setting, model=f"{args.base_url} {model}")
-        await ask_all(session, row, questions, model, kept, args.concurrency)
-
-
-# ---- settings ---------------------------------------------------------------------------------------
-
-
-def adapter_checksum(checkpoint: Path, stage: int) -> str | None:
-    """blake3 of the weights of a stage's adapter; None: it has none."""
-    path = checkpoint / "adapters" / f"stage{stage}" / "adapter_model.safetensors"
-    return blake3(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def read_settings(args: argparse.Namespace) -> list[Setting]:
-    """The rows of the table: each stage without its adapter and, where there is one, with it. Raises UsageError."""
-    manifest = args.checkpoint / "progressive.json"
-    try:
-        content = manifest.read_bytes()
-        last = len(json.loads(content)["stages"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{args.checkpoint} is no progressive checkpoint ({error})\n"
-            "make one with: python prune_and_split.py MODEL OUT"
-        ) from error
-    settings, model = [], hashlib.sha256(content).hexdigest()
-    for number in args.stages or range(1, last + 1):
-        if not 1 <= number <= last:
-            raise UsageError(f"--stages: there is no stage {number}; {args.checkpoint} has stages 1 to {last}")
-        settings.append(Setting(number, None, model))
-        if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
-            settings.append(Setting(number, adapter, model))
-    return settings
+        await ask_all(session, row, task, model, kept, args.concurrency)
 
 
 def title(stage: int | None, adapter: bool) -> str:
@@ -623,49 +901,84 @@ def title(stage: int | None, adapter: bool) -> str:
 # ---- results ----------------------------------------------------------------------------------------
 
 
-def summarize(row: Row, questions: list[Question]) -> dict:
-    """Scores in percent of all questions, and what became of the requests."""
-    scores = [score(row.answers.get(question.id), question) for question in questions]
-    missing = len(questions) - len(row.answers) - len(row.failed)
+def score_row(row: Row, task: Task, full: Row | None) -> list[dict[str, float]]:
+    """Scores of each item."""
+    compared = full.answers if full else {}
+    return [task.score(item, row.answers.get(item.id), compared.get(item.id)) for item in task.items]
+
+
+def summarize(row: Row, task: Task, full: Row | None) -> dict:
+    """What was measured, and what became of the requests. full: the row of the full model, to compare with."""
+    missing = len(task.items) - len(row.answers) - len(row.failed)
     return {
         "stage": row.setting.stage,
         "adapter": row.setting.adapter is not None,
         "adapter_blake3": row.setting.adapter,
-        "n": len(questions),
-        **{key: round(100 * sum(entry[key] for entry in scores) / len(scores), 2) for key in scores[0]},
+        "adapter_data": row.adapter_data,
+        "kind": row.kind,
+        "share_of_bytes": row.share_of_bytes,
+        "n": len(task.items),
+        **task.measure(score_row(row, task, full), compared=full is not None),
         "missing": missing,
         "failed": len(row.failed),
         "seconds_to_stage": row.seconds_to_stage,
         "ttft": row.ttft,
-        "questions_per_second": row.questions_per_second,
+        "requests_per_second": row.requests_per_second,
     }
 
 
-def detail(row: Row, questions: list[Question]) -> Iterator[dict]:
-    for question in questions:
-        answer = row.answers.get(question.id)
-        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter is not None, "id": question.id}
-        entry |= {"question": question.text, "answer": answer, **score(answer, question)}
-        if question.id in row.failed:
-            entry["failed"] = row.failed[question.id]
+def detail(row: Row, task: Task, full: Row | None) -> Iterator[dict]:
+    for item, scores in zip(task.items, score_row(row, task, full), strict=True):
+        entry = {"stage": row.setting.stage, "adapter": row.setting.adapter is not None, "id": item.id}
+        entry |= task.show(item, row.answers.get(item.id)) | scores
+        if item.id in row.failed:
+            entry["failed"] = row.failed[item.id]
         yield entry
 
 
-def print_table(rows: list[dict]) -> None:
+# What is measured, as columns: name, and how a value is written. An interval stands behind its value.
+MEASURES = {
+    "em": ("EM", ".1f"),
+    "f1": ("F1", ".1f"),
+    "em_lm_eval": ("EM lm-eval", ".1f"),
+    "as_full": ("as full", ".1f"),
+    "perplexity": ("perplexity", ".2f"),
+    "perplexity_over_full": ("to full", ".3f"),
+    "agreement": ("agreement", ".1f"),
+}
+
+
+def measured_columns(rows: list[dict]) -> dict[str, Callable[[dict], str]]:
+    """Columns of what any of the rows has, and their intervals: what each writes of a row."""
+
+    def write(row: dict, key: str, how: str) -> str:
+        return format(row[key], how) if key in row else "-"
+
+    def write_interval(row: dict, key: str, how: str) -> str:
+        return "-".join(format(bound, how) for bound in row[key]) if key in row else "-"
+
+    columns = {}
+    for key in [key for key in MEASURES if any(key in row for row in rows)]:
+        name, how = MEASURES[key]
+        columns[name] = functools.partial(write, key=key, how=how)
+        if key not in ("em_lm_eval", "as_full"):
+            columns[f"{name} 95 %"] = functools.partial(write_interval, key=f"{key}_ci95", how=how)
+    return columns
+
+
+def print_table(rows: list[dict], heading: str) -> None:
     """A line for each setting."""
     columns = {
         "stage": lambda row: "-" if row["stage"] is None else str(row["stage"]),
         "adapter": lambda row: "yes" if row["adapter"] else "no",
-        "EM": lambda row: f"{row['em']:.1f}",
-        "F1": lambda row: f"{row['f1']:.1f}",
-        "EM lm-eval": lambda row: f"{row['em_lm_eval']:.1f}",
+        **measured_columns(rows),
         "missing": lambda row: str(row["missing"]),
         "failed": lambda row: str(row["failed"]),
         "s to stage": lambda row: number(row["seconds_to_stage"]),
         "TTFT s": lambda row: number(row["ttft"]),
-        "questions/s": lambda row: number(row["questions_per_second"]),
+        "requests/s": lambda row: number(row["requests_per_second"]),
     }
-    print(f"\n{rows[0]['n']:,} questions, closed-book, greedy; scores in percent")
+    print(f"\n{heading}")
     print(align([list(columns), *([make(row) for make in columns.values()] for row in rows)]))
 
 
@@ -680,35 +993,56 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def draw_scores(rows: list[dict], path: Path) -> None:
-    """EM and F1 of each row, as bars."""
+def draw_scores(rows: list[dict], task: Task, path: Path) -> None:
+    """What was measured of each row, as bars with their intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for shift, key, label in ((-0.2, "em", "EM"), (0.2, "f1", "F1")):
-        bars = axes.bar([place + shift for place in range(len(rows))], [row[key] for row in rows], 0.38, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    figure, panels = pyplot.subplots(
+        1, len(task.panels), figsize=(1 + 6 * len(task.panels), 4), layout="constrained", squeeze=False
+    )
     names = [title(row["stage"], row["adapter"]).replace(" + ", "\n+ ") for row in rows]
-    axes.set_xticks(range(len(rows)), names)
-    axes.set(ylabel="percent", ylim=(0, 108), title=f"closed-book answers to {rows[0]['n']:,} questions")
-    axes.legend(loc="upper left")
+    for axes, (unit, measures) in zip(panels[0], task.panels.items(), strict=True):
+        width = 0.76 / len(measures)
+        for place, (key, label) in enumerate(measures.items()):
+            shift = (place - (len(measures) - 1) / 2) * width
+            shown = [(at + shift, row) for at, row in enumerate(rows) if key in row]
+            places, heights = [at for at, _ in shown], [row[key] for _, row in shown]
+            errors = error_bars([row for _, row in shown], key)
+            bars = axes.bar(places, heights, width, yerr=errors, ecolor="0.4", capsize=2, label=label)
+            axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+        axes.set_xticks(range(len(rows)), names)
+        axes.set(ylabel=unit)
+        axes.margins(y=0.12)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=2, frameon=False)
+    figure.suptitle(task.describe().split(";")[0], fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def write_results(args: argparse.Namespace, rows: list[Row], questions: list[Question]) -> list[dict]:
+def error_bars(rows: list[dict], key: str) -> np.ndarray:
+    """[2, n]: how far the intervals reach below and above the values."""
+    bounds = np.array([[row[key] - row[f"{key}_ci95"][0], row[f"{key}_ci95"][1] - row[key]] for row in rows])
+    return np.maximum(bounds.reshape(-1, 2).T, 0)
+
+
+def write_results(args: argparse.Namespace, rows: list[Row], task: Task) -> list[dict]:
     """The JSON, with an answer a line, and the chart. Returns the summaries of the rows."""
-    summaries = [summarize(row, questions) for row in rows]
+    full = next((row for row in rows if row.is_full), None)
+    summaries = [summarize(row, task, full) for row in rows]
     head = json.dumps({**provenance(args), "summary": summaries[-1], "rows": summaries}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for row in rows for entry in detail(row, questions))
-    whole = args.json.with_name(f".{args.json.name}.new")
-    whole.write_text(f'{head},\n "detail": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    whole.replace(args.json)
-    draw_scores(summaries, args.json.with_suffix(".png"))
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for row in rows for entry in detail(row, task, full))
+    write_whole(args.json, f'{head},\n "detail": [\n{lines}\n ]\n}}\n')
+    draw_scores(summaries, task, args.json.with_suffix(".png"))
     return summaries
+
+
+def write_whole(path: Path, text: str) -> None:
+    whole = path.with_name(f".{path.name}.new")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
 
 
 # ---- table 1 of the paper: a cold start and its quality ---------------------------------------------
@@ -722,8 +1056,9 @@ def load_result(path: Path, script: str, keys: set[str]) -> dict:
             raise ValueError(f"it has no {', '.join(sorted(keys - result.keys()))}")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"--table {path}: not a result file of {script} ({error})\n"
-            "the order is: --table COLDSTART.json QUALITY.json ..., from bench_coldstart.py and from this script"
+            f"{path}: not a result file of {script} ({error})\n"
+            "the order is: --table COLDSTART.json QUALITY.json ..., from bench_coldstart.py and from this script;\n"
+            "--compare takes results of this script alone"
         ) from error
     return result
 
@@ -824,6 +1159,94 @@ def write_table(coldstart: Path, qualities: list[Path]) -> Path:
     return path
 
 
+# ---- quality against bytes --------------------------------------------------------------------------
+
+OF_STAGE = ("kind", "stage", "adapter_data", "share_of_bytes")
+
+
+def join_quality(paths: list[Path]) -> list[dict]:
+    """A row for each stage and adapter in any of these results of this script, with all that was measured of it.
+
+    Where two have measured the same, the first counts. Raises UsageError for one measure of different questions or
+    windows.
+    """
+    rows, asked = {}, {}
+    for path in paths:
+        result = load_result(path, NAME, {"rows", "detail", "arguments"})
+        asked_for = [
+            Path(name).name for key in ("data", "perplexity", "agreement") if (name := result["arguments"].get(key))
+        ]
+        items = asked_for[-1:], {entry["id"] for entry in result["detail"]}
+        for row in result["rows"]:
+            if not set(OF_STAGE) <= row.keys():
+                raise UsageError(
+                    f"--compare {path}: of an earlier {NAME}, which did not say the share of bytes; run again"
+                )
+            name = describe_row(row)
+            if row["failed"]:
+                raise UsageError(f"--compare {path}: {row['failed']} requests to {name} failed; run that again")
+            measured = {key: row[key] for key in row if key.removesuffix("_ci95") in MEASURES}
+            joined = rows.setdefault(name, {key: row[key] for key in OF_STAGE})
+            for key in measured:
+                if asked.setdefault(key, items) != items:
+                    raise UsageError(f"--compare {path}: {key} is of other questions or windows than in those before")
+            joined |= measured | joined
+    order = {"layers": 0, "planes": 1, None: 2}
+    return sorted(rows.values(), key=lambda row: (order[row["kind"]], row["stage"] or 0, row["adapter_data"] or ""))
+
+
+def describe_row(row: dict) -> str:
+    """Stages of which kind, and with which adapter."""
+    adapter = f" ({row['adapter_data'] or row['adapter_blake3'][:8]})" if row["adapter"] else ""
+    return f"{row['kind'] or ''} {title(row['stage'], row['adapter'])}{adapter}".strip()
+
+
+def draw_quality(rows: list[dict], path: Path) -> None:
+    """Each measure against the share of the model's bytes: a line for each kind of stages, a mark for each adapter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    keys = [key for key in ("perplexity", "agreement", "f1") if any(key in row for row in rows)]
+    figure, panels = pyplot.subplots(1, len(keys), figsize=(4.6 * len(keys), 4), layout="constrained", squeeze=False)
+    series = {(row["kind"], row["adapter_data"]): None for row in rows if row["kind"]}
+    for axes, key in zip(panels[0], keys, strict=True):
+        for place, (kind, adapter) in enumerate(series):
+            of_series = [row for row in rows if (row["kind"], row["adapter_data"]) == (kind, adapter)]
+            points = [row for row in of_series if key in row]
+            shares, values = [100 * row["share_of_bytes"] for row in points], [row[key] for row in points]
+            label = kind + (f" + adapter ({adapter})" if adapter else "")
+            style = dict(fmt="^" if adapter else "o-", capsize=3, color=f"C{place}", label=label)
+            axes.errorbar(shares, values, error_bars(points, key), **style)
+            for row, share in zip(points, shares, strict=True):
+                axes.annotate(str(row["stage"]), (share, row[key]), (5, 5), textcoords="offset points", fontsize=8)
+        axes.set(xlim=(0, 104), xlabel="share of the model's bytes, %", title=MEASURES[key][0])
+        if key == "perplexity":
+            axes.set(yscale="log")
+        else:
+            axes.set(ylim=(0, None), ylabel="percent")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][-1].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def compare_results(args: argparse.Namespace) -> None:
+    """Join, print, write and draw. Raises UsageError."""
+    rows = join_quality(args.compare)
+    columns = {
+        "stages": lambda row: row["kind"] or "server",
+        "stage": lambda row: str(row["stage"] or "-"),
+        "adapter": lambda row: row["adapter_data"] or "",
+        "bytes": lambda row: "-" if row["share_of_bytes"] is None else f"{row['share_of_bytes']:.1%}",
+        **measured_columns(rows),
+    }
+    print(align([list(columns), *([make(row) for make in columns.values()] for row in rows)]))
+    write_whole(args.json, json.dumps({**provenance(args), "rows": rows}, indent=1, default=str) + "\n")
+    draw_quality(rows, args.json.with_suffix(".png"))
+
+
 # ---- command line -----------------------------------------------------------------------------------
 
 
@@ -838,7 +1261,9 @@ def stage_list(text: str) -> list[int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Closed-book questions to a server, at each of its stages: EM and F1.")
+    parser = argparse.ArgumentParser(
+        description="What a server knows at each of its stages: answers, perplexity, agreement with the full model."
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", nargs="?", type=Path, help=f"progressive checkpoint (default: {DEMO_CHECKPOINT})")
     add("--stages", type=stage_list, metavar="K,K", help="default: all; with --base-url, the one that it has to be at")
@@ -851,17 +1276,30 @@ def parse_args() -> argparse.Namespace:
 
     table = "join results: what each stage costs and knows"
     add("--table", type=Path, nargs="+", metavar=("COLDSTART.json", "QUALITY.json"), help=table)
+    add("--compare", type=Path, nargs="+", metavar="RESULT.json", help="join results: quality against bytes")
 
     add = parser.add_argument_group("questions").add_argument
     add("--data", metavar="triviaqa|FILE", help="default: triviaqa, or the demo model's own facts")
+    add("--chat", action="store_true", help="ask through the chat template of an instruct model")
+
+    add = parser.add_argument_group("text, in place of questions").add_argument
+    add("--perplexity", type=Path, metavar="FILE", help="of this text; may be asked for together with --agreement")
+    add("--agreement", type=Path, metavar="FILE", help="with the full model, at each token of this text")
+    window = "tokens that are scored in one request (default: %(default)s)"
+    add("--window", type=positive_int, metavar="N", default=1024, help=window)
+    add("--stride", type=positive_int, metavar="N", help="tokens from one window to the next (default: half of one)")
+
+    add = parser.add_argument_group("questions or windows").add_argument
     add("--limit", type=positive_int, metavar="N", help="the first N of them")
+    add("--sample", type=positive_int, metavar="N", help="N of them, evenly spaced")
     add("--concurrency", type=positive_int, metavar="N", default=64, help="requests at a time (default: %(default)s)")
 
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", default=Path("results/triviaqa.json"), help="default: %(default)s")
 
     args = parser.parse_args()
-    sources = [args.checkpoint, args.base_url, args.predictions, args.table and args.table[0]]
+    joined = (args.table or args.compare or [None])[0]
+    sources = [args.checkpoint, args.base_url, args.predictions, joined]
     sources = [source for source in sources if source]
     if len(sources) > 1:
         parser.error(f"{' and '.join(map(str, sources))}: name one source of answers")
@@ -872,12 +1310,29 @@ def parse_args() -> argparse.Namespace:
     if args.base_url and not re.match(r"https?://", args.base_url):
         parser.error(f"--base-url {args.base_url}: it begins with http:// or https://")
     args.base_url = args.base_url and re.sub(r"(/v1)?/*$", "", args.base_url)
+    check_task(parser, args)
+    args.stride = args.stride or max(1, args.window // 2)
     if not sources:
         args.checkpoint = DEMO_CHECKPOINT
     if not args.data:
         is_demo = args.checkpoint == DEMO_CHECKPOINT and DEMO_FACTS.is_file()
         args.data = str(DEMO_FACTS) if is_demo else "triviaqa"
     return args
+
+
+def check_task(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that do not go together end the script, with code 2."""
+    text = args.perplexity or args.agreement
+    if args.perplexity and args.agreement and args.perplexity != args.agreement:
+        parser.error(f"--perplexity {args.perplexity} --agreement {args.agreement}: together they are of one text")
+    if text and (args.data or args.chat or args.predictions):
+        parser.error(f"{text} is scored as it is: leave out --data, --chat and --predictions")
+    if args.agreement and args.base_url:
+        parser.error("--agreement compares stages with the full model: name CKPT in place of --base-url")
+    if args.stride and args.stride > args.window:
+        parser.error(f"--stride {args.stride}: tokens between windows of {args.window} would not be scored")
+    if args.limit and args.sample:
+        parser.error(f"--limit {args.limit} --sample {args.sample}: choose one of the two")
 
 
 def check_writable(path: Path) -> None:
@@ -891,18 +1346,19 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"--json {path} cannot be written ({error.strerror}): name another file") from error
 
 
-def collect(args: argparse.Namespace, questions: list[Question]) -> tuple[list[Row], Kept | None]:
+def collect(args: argparse.Namespace, task: Task) -> tuple[list[Row], Kept | None]:
     """The answers of every row, and where they have been kept meanwhile. Raises UsageError, ServerError."""
     if args.predictions:
-        return [Row(Setting(None, None, str(args.predictions)), read_predictions(args.predictions, questions))], None
+        setting = Setting(None, None, str(args.predictions))
+        return [Row(setting, answers=read_predictions(args.predictions, task.items))], None
     if args.base_url:
         rows = [Row(Setting(args.stages[0] if args.stages else None, None, args.base_url))]
     else:
-        rows = [Row(setting) for setting in read_settings(args)]
+        rows = read_rows(args)
     kept = Kept(args.json.with_name(f"{args.json.name}.partial"))
     for row in rows:
         try:
-            asyncio.run((evaluate_url if args.base_url else evaluate_stage)(args, row, questions, kept))
+            asyncio.run((evaluate_url if args.base_url else evaluate_stage)(args, row, task, kept))
         except BaseExceptionGroup as errors:  # of the tasks in ask_all; the first one has stopped the others
             raise errors.exceptions[0] from None
     return rows, kept
@@ -915,9 +1371,13 @@ def main() -> int:
         if args.table:
             print(f"\nwrote {write_table(args.table[0], args.table[1:])}")
             return 0
-        questions = read_questions(args.data, args.limit)
         check_writable(args.json)
-        rows, kept = collect(args, questions)
+        if args.compare:
+            compare_results(args)
+            print(f"\nwrote {args.json} and {args.json.with_suffix('.png')}")
+            return 0
+        task = read_task(args)
+        rows, kept = collect(args, task)
     except UsageError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         return 2
@@ -927,12 +1387,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"\n{NAME}: interrupted; what was answered is kept: run the same command again", file=sys.stderr)
         return 1
-    summaries = write_results(args, rows, questions)
-    print_table(summaries)
+    summaries = write_results(args, rows, task)
+    print_table(summaries, task.describe())
     print(f"\nwrote {args.json} and {args.json.with_suffix('.png')}")
     failed = sum(row["failed"] for row in summaries)
     if failed:
-        print(f"{NAME}: error: {failed} requests failed and score 0; run again to repeat them", file=sys.stderr)
+        print(f"{NAME}: error: {failed} requests failed; run again to repeat them", file=sys.stderr)
         return 1
     if kept:
         kept.discard()

@@ -104,6 +104,7 @@ DECODED_AHEAD = 64 << 20  # bytes that may be decoded of a later stage before th
 DECODER_NICENESS = 10  # imports and running requests go first
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
+MAX_LOSS = 5.0  # percent of perplexity, where nobody says: about what weights of 4 bits cost, which people accept
 CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
 STALLED_SECONDS = 24 * 3600  # that a step may take, which waits for its weights while storage stalls; vLLM ends at 300
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
@@ -340,6 +341,7 @@ class Stage:
     number: int  # from 1
     adds: Layers | Planes
     files: tuple[StageFile, ...]
+    perplexity: float | None = None  # of the model at this stage, where prune_and_split.py was given a text
 
     @property
     def bytes(self) -> int:
@@ -454,7 +456,26 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
                 f"{manifest_path}: file name {file.name!r} points outside the checkpoint\n"
                 "a manifest names plain files beside itself; do not serve this checkpoint"
             )
-    return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files)
+    perplexity = row.get("perplexity")
+    if perplexity is not None and not 1 <= perplexity < math.inf:
+        raise ValueError(f"stage {row['stage']} has a perplexity of {perplexity!r}")
+    return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files, perplexity)
+
+
+def choose_min_stage(plan: Plan, max_loss: float | None) -> int:
+    """The first stage whose perplexity is at most max_loss percent above the last one's; 1 where none is known.
+
+    Raises UsageError where none is known and max_loss is given.
+    """
+    if all(stage.perplexity for stage in plan.stages):
+        bound = plan.stages[-1].perplexity * (1 + (MAX_LOSS if max_loss is None else max_loss) / 100)
+        return next(stage.number for stage in plan.stages if stage.perplexity <= bound)
+    if max_loss is not None:
+        raise UsageError(
+            f"--max-loss {max_loss:g}: {plan.root} says no perplexity of its stages; "
+            "give --min-stage, or make it again with prune_and_split.py --planes --calibration FILE"
+        )
+    return 1
 
 
 # ---- stage adapters: what makes up for the layers that are still missing (server, worker) -----------
@@ -951,6 +972,7 @@ class Progress(Arrivals):
                     "stage": stage.number,
                     "state": self.state_of(stage),
                     **stage.adds.as_dict(),
+                    **({"perplexity": stage.perplexity} if stage.perplexity else {}),
                     "adapter": stage.number in self.serving.adapters,
                     "bytes": stage.bytes,
                     "bytes_loaded": sum(self.read.get(file.name, 0) for file in stage.files),
@@ -960,6 +982,7 @@ class Progress(Arrivals):
         return {
             "stage": max(self.complete_at, default=0),
             "num_stages": self.plan.num_stages,
+            "min_stage": self.serving.min_stage,
             "hold_stage": self.serving.hold_stage,
             "stages": rows,
             "timeline": [
@@ -1132,6 +1155,7 @@ class ReadJob:
     buffer: str
     window: int  # bytes that may lie in the buffer
     start_stage: int
+    min_stage: int
     hold_stage: int
     limit_mbps: float
 
@@ -1417,7 +1441,7 @@ class Decoder(Inflow):
 
     def __init__(self, job: ReadJob, plan: Plan):
         super().__init__(plan, job.journal, job.buffer, WeightBuffer.DECODER)
-        self.start_stage, self.hold_stage = job.start_stage, job.hold_stage
+        self.start_stage, self.min_stage, self.hold_stage = job.start_stage, job.min_stage, job.hold_stage
         self.stage = 0  # that is being decoded
         self.busy = self.begun = 0.0  # seconds that decoding it has taken, without waiting; when the last tensor began
 
@@ -1441,13 +1465,14 @@ class Decoder(Inflow):
         return min(self.hold_stage, (self.arrivals.spoilt or NEVER) - 1)
 
     def due(self) -> int:
-        """The stage to be decoded. While no worker has a model: the most complete that has arrived, or the first.
+        """The stage to be decoded. While no worker has a model: the most complete that has arrived, or the first that
+        may be served.
 
         Then the next; or a better one, if that will be here within the time that it takes to decode both, which beside
         requests is twice what it is alone.
         """
         if not self.arrivals.offered:
-            return max(1, min(self.arrivals.resident_stage(), self.start_stage))
+            return max(self.min_stage, min(self.arrivals.resident_stage(), self.start_stage))
         later = range(self.stage + 1, self.last_stage() + 1)
         soon = [stage for stage in later if self.arrivals.seconds_until_resident(stage) <= 4 * self.busy]
         return max([*later[:1], *soon])
@@ -1650,7 +1675,8 @@ def start_reading(
     checkpoint: str | Path,
     *,
     start_stage: int | None = None,
-    min_stage: int = 1,
+    min_stage: int | None = 1,
+    max_loss: float | None = None,
     hold_stage: int | None = None,
     adapters: bool = True,
     untested: bool = False,
@@ -1660,7 +1686,8 @@ def start_reading(
 ) -> Launch:
     """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters.
 
-    start: time.monotonic() at which the server's process began.
+    min_stage: nobody is answered below it; None: see choose_min_stage. start: time.monotonic() at which the server's
+    process began.
     """
     scratch = Path(tempfile.gettempdir()) / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
     try:
@@ -1672,6 +1699,8 @@ def start_reading(
         start_stage = hold_stage if start_stage is None else start_stage
         if not 1 <= hold_stage <= plan.num_stages:
             raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
+        if min_stage is None:
+            min_stage = min(choose_min_stage(plan, max_loss), hold_stage)
         if not 1 <= min_stage <= hold_stage:
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
         if not 1 <= start_stage <= hold_stage:
@@ -1693,6 +1722,7 @@ def start_reading(
         buffer=buffer,
         window=window_of(plan),
         start_stage=start_stage,
+        min_stage=min_stage,
         hold_stage=hold_stage,
         limit_mbps=limit_mbps,
     )
@@ -1733,6 +1763,17 @@ def is_built_for_cpu() -> bool:
 # ---- command line (server, before torch) ------------------------------------------------------------
 
 
+def percentage(text: str) -> float:
+    """5 of "5" or "5%"."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no percentage: give one like 5%")
+    return value
+
+
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest for vLLM. Before the heavy imports, so that mistakes and --help are instant."""
     parser = argparse.ArgumentParser(
@@ -1747,7 +1788,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "checkpoint", metavar="CKPT", help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://"
     )
     group = parser.add_argument_group("stages")
-    group.add_argument("--min-stage", type=int, default=1, metavar="K", help="wait for stage K to answer (default: 1)")
+    group.add_argument("--min-stage", type=int, metavar="K", help="answer from stage K on (default: by --max-loss)")
+    group.add_argument(
+        "--max-loss",
+        type=percentage,
+        metavar="X",
+        help="answer from the first stage on whose perplexity, as measured by prune_and_split.py where it was given a "
+        f"text, is at most X %% above the full model's (default: {MAX_LOSS:g}; stage 1 where it was not measured)",
+    )
     group.add_argument("--hold-stage", type=int, metavar="K", help="stop at stage K (default: the last one)")
     group.add_argument(
         "--no-adapters", dest="adapters", action="store_false", help="leave the stages' adapters out, if there are any"

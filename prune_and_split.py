@@ -701,10 +701,13 @@ def score_blocks(source: Source, calibration: str, samples: int, seq_len: int) -
     distances = compute_angular_distances(collect_final_residuals(source, batches))
     if not np.isfinite(distances).all():
         raise UsageError(f"{source.name} overflows {DTYPES[weight_dtype(source)]} here: choose the block with --layers")
+    return distances, describe_sample(calibration, batches)
+
+
+def describe_sample(calibration: str, batches: list[np.ndarray]) -> dict:
+    """The manifest's row of what sample_tokens() has given."""
     name = Path(calibration).name if Path(calibration).is_file() else calibration
-    return distances, dict(
-        source=name, samples=sum(map(len, batches)), seq_len=max(batch.shape[1] for batch in batches)
-    )
+    return dict(source=name, samples=sum(map(len, batches)), seq_len=max(batch.shape[1] for batch in batches))
 
 
 def find_best_start(distances: np.ndarray, count: int) -> int:
@@ -1230,8 +1233,11 @@ def print_planes(source: Source, planes: Planes) -> None:
             print(f"  {nbytes:,} bytes of matrices in {dtype} do not gain: they come as they are, with stage 1")
 
 
-def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> list[dict]:
-    """Rows (kind, stage, share of the bytes, perplexity): of these stages, and of layers as they would be left out."""
+def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """Rows (kind, stage, share of the bytes, perplexity): of these stages, and of layers as they would be left out.
+
+    And the manifest's row of the text.
+    """
     batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
     total, bits = sum(tensor.nbytes for tensor in source.tensors.values()), [stage.bits for stage in planes.stages]
     pruning = choose_block(source, args)
@@ -1254,7 +1260,7 @@ def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> 
     for row in rows:
         at = f"{row['kind']}, stage {row['stage']}"
         print(f"  {at:<16}  {row['share']:>6.1%} of the bytes  perplexity {row['perplexity']:.2f}")
-    return rows
+    return rows, describe_sample(args.calibration, batches)
 
 
 def write_measures(rows: list[dict], folder: Path) -> None:
@@ -1602,9 +1608,13 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         source.copy_side_files(folder)
         planes = code_planes(source, bits, folder, args.max_file_gib * 2**30)
         print_planes(source, planes)
+        details, perplexity = {}, {}
         if args.calibration:
-            write_measures(measure_planes(source, planes, args), folder / "planes")
-        write_manifest(source, planes.finish(), describe_files(source), folder)
+            rows, details["calibration"] = measure_planes(source, planes, args)
+            write_measures(rows, folder / "planes")
+            perplexity = {row["stage"]: dict(perplexity=row["perplexity"]) for row in rows if row["kind"] == "planes"}
+        stages = [row | perplexity.get(row["stage"], {}) for row in planes.finish()]
+        write_manifest(source, stages, describe_files(source), folder, **details)
 
 
 def main() -> int:

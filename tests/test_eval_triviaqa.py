@@ -20,10 +20,11 @@ from blake3 import blake3
 from conftest import ROOT, run_script
 
 import eval_triviaqa
-from eval_triviaqa import make_question, normalize_answer, score
+from eval_triviaqa import make_question, normalize_answer, normalize_squad, score
 
 EVAL = ROOT / "eval_triviaqa.py"
-DPR_DEV = ROOT.parent / "shared" / "data" / "triviaqa" / "dpr-dev.txt"
+DATA = ROOT.parent / "shared" / "data"
+DPR_DEV, SQUAD_DEV = DATA / "triviaqa" / "dpr-dev.txt", DATA / "squad" / "dev-v1.1.json"
 
 # ---- the rules --------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ def test_rules_on_real_questions():
     """An alias of each question, disturbed in what normalisation takes away, is right; its reverse is not."""
     if not DPR_DEV.is_file():
         pytest.skip(f"{DPR_DEV} is not there")
-    questions = eval_triviaqa.read_questions(str(DPR_DEV), None)
+    questions = eval_triviaqa.read_questions(str(DPR_DEV))
     assert len(questions) == 8837  # DPR has removed its repetitions
     assert [question.id for question in questions[:2]] == ["0", "1"]
     disturbed = [score(f" THE_{question.aliases[-1].upper()}!", question) for question in questions]
@@ -83,6 +84,35 @@ def test_rules_on_real_questions():
     assert sum(entry["em_lm_eval"] for entry in disturbed) == 0  # the article stays
     reversed_ = [score(question.aliases[-1][::-1] + " x", question) for question in questions]
     assert sum(entry["em"] for entry in reversed_) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("The Beatles", "beatles"),
+        ("rock'n'roll", "rocknroll"),  # punctuation is deleted, where TriviaQA's becomes a space
+        ("U.S.A.", "usa"),
+        ("a-ha", "aha"),
+        ("New_York", "newyork"),  # an underscore is punctuation
+        ("the  Paris\tof an artist", "paris of artist"),
+    ],
+)
+def test_normalization_of_squad(text, normalized):
+    assert normalize_squad(text) == normalized
+
+
+def test_intervals():
+    """By the formula of a share, and of a mean; they are the same at each call."""
+    share = eval_triviaqa.estimate("em", [(number < 300, 1) for number in range(1000)])
+    assert share["em"] == 30.0
+    error = 100 * (0.3 * 0.7 / 1000) ** 0.5
+    assert share["em_ci95"] == pytest.approx([30 - 1.96 * error, 30 + 1.96 * error], abs=0.2)
+    assert share == eval_triviaqa.estimate("em", [(number < 300, 1) for number in range(1000)])
+    values = [(2.0 * tokens, tokens) for tokens in (10, 20, 30)]
+    assert eval_triviaqa.estimate("perplexity", values, eval_triviaqa.exponential) == {
+        "perplexity": 7.3891,
+        "perplexity_ci95": [7.3891, 7.3891],
+    }
 
 
 # ---- data and predictions ---------------------------------------------------------------------------
@@ -139,6 +169,43 @@ def test_lines_are_told_apart_by_content(tmp_path):
     assert [row["em"] for row in result["detail"]] == [0, 1]
 
 
+def squad(*questions: dict) -> dict:
+    return {
+        "version": "1.1",
+        "data": [{"title": "x", "paragraphs": [{"context": " It is in Paris. ", "qas": questions}]}],
+    }
+
+
+def test_squad(tmp_path):
+    """Each question with its paragraph, and the best of its answers, by the rules of SQuAD."""
+    answers = [{"answer_start": 9, "text": "Paris"}, {"answer_start": 6, "text": "in the Paris"}]
+    data = squad(
+        {"id": "a", "question": "Where? ", "answers": answers}, {"id": "b", "question": "Where?", "answers": answers}
+    )
+    done, result = evaluate(
+        tmp_path, "--predictions", predictions(tmp_path, {"a": "In Paris!", "b": "Par-is"}), data=data
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(row["em"], row["f1"]) for row in result["detail"]] == [(1, 1.0), (1, 1.0)]
+    assert "2 questions, each with its paragraph" in done.stdout
+    (first, _) = eval_triviaqa.read_questions(str(tmp_path / "data"))
+    assert eval_triviaqa.make_prompt(first) == "Context: It is in Paris.\nQuestion: Where?\nAnswer:"
+
+
+def test_squad_as_it_is():
+    """Of its own answers each is right; of the others, about what chance gives."""
+    if not SQUAD_DEV.is_file():
+        pytest.skip(f"{SQUAD_DEV} is not there")
+    questions = eval_triviaqa.read_questions(str(SQUAD_DEV))
+    assert len(questions) == 10570
+    assert all(score(f"The {question.aliases[-1]}.", question)["em"] for question in questions)
+    shifted = zip(questions, questions[1:], strict=False)
+    assert sum(score(other.aliases[0], question)["em"] for question, other in shifted) < 0.05 * len(questions)
+    sample = eval_triviaqa.choose(questions, limit=None, sample=1000)
+    assert len({question.id for question in sample}) == 1000
+    assert len({question.context for question in sample}) > 700  # of 2,067: from all over the file
+
+
 def hub_row(number: str, question: str, source: str, *aliases: str) -> dict:
     """A row of the Hub's rc.nocontext: all its columns, of which the documents are empty in this configuration."""
     normalized = [alias.lower() for alias in aliases]
@@ -164,12 +231,13 @@ def test_questions_of_the_hub_are_asked_once(tmp_path, monkeypatch, capsys):
     name, *where = eval_triviaqa.HUB_DATASETS["triviaqa"]
     assert (name, where) == ("mandarjoshi/trivia_qa", ["rc.nocontext", "validation"])
     monkeypatch.setitem(eval_triviaqa.HUB_DATASETS, "triviaqa", (str(tmp_path), *where))
-    first, *others = eval_triviaqa.read_questions("triviaqa", None)
+    first, *others = eval_triviaqa.read_questions("triviaqa")
     assert (first.id, first.text) == ("tc_1", "Who painted it?")
     assert (first.aliases, first.normalized) == (["Monet", "Claude Monet"], ["claude monet", "monet"])
     assert [question.id for question in others] == ["tc_2", "tc_3"]
     assert "3 questions in 4 rows" in capsys.readouterr().out
-    assert [question.id for question in eval_triviaqa.read_questions("triviaqa", 2)] == ["tc_1", "tc_2"]
+    chosen = eval_triviaqa.choose([first, *others], limit=2, sample=None)
+    assert [question.id for question in chosen] == ["tc_1", "tc_2"]
 
 
 def test_repeated_questions_are_united(tmp_path):
@@ -190,7 +258,7 @@ def test_repeated_questions_are_united(tmp_path):
 
 MALFORMED = {
     "no JSON": ('{"Data": [\n}', "line 2"),
-    "no Data": ({"data": []}, "Data is missing"),
+    "no Data": ({"Rows": []}, "Data is missing"),
     "no answer": ({"Data": [{"Question": "?", "QuestionId": "a"}]}, "Data[0].Answer"),
     "an alias that is no text": (
         {"Data": [{"Question": "?", "QuestionId": "a", "Answer": {"Aliases": [3]}}]},
@@ -199,6 +267,9 @@ MALFORMED = {
     "no id": ({"Data": [{"Question": "?", "Answer": {"Value": "x"}}]}, "Data[0].QuestionId"),
     "an id of two questions": ({"Data": [*TRIVIAQA["Data"], {**TRIVIAQA["Data"][0], "Question": "By whom?"}]}, "id q1"),
     "no question at all": ({"Data": []}, "holds no question"),
+    "SQuAD without paragraphs": ({"data": [{"title": "x"}]}, "data[0].paragraphs"),
+    "SQuAD without an id": (squad({"question": "?", "answers": []}), "data[0].paragraphs[0].qas[0].id"),
+    "SQuAD without answers": (squad({"id": "a", "question": "?"}), "qas[0].answers"),
     "a line without a tab": ("Who?\t['x']\nWhere?\n", "line 2"),
     "a line without a list": ("Who?\tx y\n", "line 1"),
 }
@@ -226,6 +297,13 @@ def test_malformed_data(case, tmp_path):
         (["{checkpoint}", "--stages", "1,4"], "stage 4"),
         (["{checkpoint}", "--stages", "0"], "0"),
         (["--limit", "none"], "none"),
+        (["--limit", "3", "--sample", "4"], "--sample 4"),
+        (["CKPT", "--perplexity", "nowhere.txt"], "nowhere.txt"),
+        (["CKPT", "--perplexity", "a.txt", "--agreement", "b.txt"], "b.txt"),
+        (["CKPT", "--perplexity", "a.txt", "--chat"], "--chat"),
+        (["CKPT", "--perplexity", "a.txt", "--window", "8", "--stride", "9"], "--stride 9"),
+        (["--base-url", "http://x", "--agreement", "a.txt"], "--agreement"),
+        (["{checkpoint}", "--agreement", str(EVAL), "--stages", "1,2"], "stage 3"),
     ],
 )
 def test_bad_input(options, named, tmp_path, split_tiny):
@@ -234,7 +312,8 @@ def test_bad_input(options, named, tmp_path, split_tiny):
         if option in files:
             options = [*options[:place], str(predictions(tmp_path, files[option])), *options[place + 1 :]]
     options = [option.replace("{checkpoint}", str(split_tiny)) for option in options]
-    data = [] if "--data" in options else ["--data", str(tmp_path / "data")]
+    text = {"--data", "--perplexity", "--agreement"} & set(options)
+    data = [] if text else ["--data", str(tmp_path / "data")]
     (tmp_path / "data").write_text(json.dumps(TRIVIAQA))
     done = run_script(EVAL, *data, *options, "--json", tmp_path / "result.json")
     assert done.returncode == 2, done.stderr
@@ -264,14 +343,23 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        if self.path == "/tokenize":  # a token is a letter
+            return self.send(200, {"tokens": [ord(letter) for letter in body["prompt"]], "max_model_len": 9}, {})
+        is_chat = self.path == "/v1/chat/completions"
+        asked = body["messages"][0]["content"] if is_chat else body["prompt"]
+        question = str(asked).removeprefix("Question: ").removesuffix("\nAnswer:")
         assert body["temperature"] == 0
         if not body.get("stream"):  # with it, this is the first token that is waited for
-            assert (body["model"], body["max_tokens"]) == ("fake", 10)
+            assert (body["model"], body["max_tokens"]) == ("fake", 10 if isinstance(asked, str) else 1)
         with self.server.lock:
             self.server.asked[question] = self.server.asked.get(question, 0) + 1
         status, headers = self.server.reply(question, self.server.asked[question])
-        self.send(status, {"choices": [{"text": " Paris\n"}]}, headers, b"data: " if body.get("stream") else b"")
+        choice = {"message": {"content": " In Paris\n"}} if is_chat else {"text": " Paris\n"}
+        if body.get("prompt_logprobs"):  # the less likely, the further it is from the beginning of the prompt
+            of_tokens = [{str(token): {"logprob": -place, "rank": 1}} for place, token in enumerate(asked)]
+            choice["prompt_logprobs"] = [None, *of_tokens[1:]]
+        self.send(status, {"choices": [choice]}, headers, b"data: " if body.get("stream") else b"")
+        return None
 
     def send(self, status: int, content: dict, headers: dict, prefix: bytes = b"") -> None:
         body = prefix + json.dumps(content).encode()
@@ -283,6 +371,78 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_chat(tmp_path):
+    """Through the chat template of the server; otherwise the same."""
+    server = Fake(lambda question, times: (200, {}))
+    done, result = evaluate(tmp_path, "--base-url", server.url, "--chat")
+    assert done.returncode == 0, done.stderr
+    assert [row["answer"] for row in result["detail"]] == ["In Paris"] * 3
+    assert result["summary"]["em"] == 33.33  # one of TriviaQA's HumanAnswers
+    done, result = evaluate(tmp_path, "--base-url", server.url)
+    assert [row["answer"] for row in result["detail"]] == ["Paris"] * 3  # nothing is kept of the other
+
+
+def score_text(tmp_path: Path, url: str, text: str, *options):
+    (tmp_path / "text.txt").write_text(text)
+    result = tmp_path / "result.json"
+    options = ["--perplexity", tmp_path / "text.txt", "--json", result, *options]
+    done = run_script(EVAL, "--base-url", url, *options)
+    return done, json.loads(result.read_text()) if result.is_file() else None
+
+
+def test_each_token_is_scored_once(tmp_path):
+    """All but the first, with the most context that a window gives it."""
+    server = Fake(lambda question, times: (200, {}))
+    done, result = score_text(tmp_path, server.url, "0123456789", "--window", "4", "--stride", "2")
+    assert done.returncode == 0, done.stderr
+    windows = ["0123", "2345", "4567", "6789"]
+    assert server.asked.keys() == {str([ord(letter) for letter in window]) for window in windows}
+    assert [(row["id"], row["nll"], row["tokens"]) for row in result["detail"]] == [
+        ("0", 1 + 2 + 3, 3),
+        ("2", 2 + 3, 2),
+        ("4", 2 + 3, 2),
+        ("6", 2 + 3, 2),
+    ]
+    assert result["summary"]["perplexity"] == pytest.approx(2.718281828 ** (21 / 9), abs=1e-4)
+    assert "agreement" not in result["summary"] and "9 tokens of text.txt, in 4 windows" in done.stdout
+    for options, ids in ((["--limit", "2"], ["0", "2"]), (["--sample", "2"], ["0", "4"])):
+        _, result = score_text(tmp_path, server.url, "0123456789", "--window", "4", "--stride", "2", *options)
+        assert [row["id"] for row in result["detail"]] == ids
+    _, result = score_text(tmp_path, server.url, "012345", "--window", "8")
+    assert [(row["nll"], row["tokens"]) for row in result["detail"]] == [(1 + 2 + 3 + 4 + 5, 5)]
+
+
+def test_text_that_cannot_be_scored(tmp_path):
+    server = Fake(lambda question, times: (200, {}))
+    cases = [("0123456789", "9", "--window 9"), ("", "4", "holds no text")]
+    for text, window, named in cases:
+        done, result = score_text(tmp_path, server.url, text, "--window", window)
+        assert (done.returncode, result) == (2, None)
+        assert named in done.stderr and "Traceback" not in done.stderr
+
+
+def test_windows_that_failed_are_left_out(tmp_path):
+    server = Fake(lambda question, times: (500 if question.startswith(f"[{ord('2')}") else 200, {}))
+    done, result = score_text(tmp_path, server.url, "0123456789", "--window", "4", "--stride", "2")
+    assert (done.returncode, result["summary"]["failed"]) == (1, 1)
+    assert result["summary"]["perplexity"] == pytest.approx(2.718281828 ** (16 / 7), abs=1e-4)
+
+
+def test_stages_are_compared_token_by_token():
+    """Of the scored tokens alone, and the ratio of perplexities of the same ones."""
+    args = dict(file=EVAL, measures=["perplexity", "agreement"], window=4, stride=2, choose=list)
+    text, window = eval_triviaqa.Text(**args), eval_triviaqa.Window("2", [5, 6, 7, 8], 2)
+    full = {"logprobs": [-9.0, -1.0, -2.0], "likeliest": [6, 7, 8]}
+    worse = {"logprobs": [-1.0, -2.0, -3.0], "likeliest": [6, 7, 1]}
+    scores = [text.score(window, worse, full), text.score(window, full, full)]
+    assert scores[0] == {"nll": 5.0, "tokens": 2, "above_full": 2.0, "agreeing": 1}
+    assert scores[1] == {"nll": 3.0, "tokens": 2, "above_full": 0.0, "agreeing": 2}
+    measured = text.measure([scores[0]], compared=True)
+    assert (measured["perplexity"], measured["agreement"]) == (pytest.approx(12.1825), 50.0)
+    assert measured["perplexity_over_full"] == pytest.approx(2.7183)
+    assert text.measure([text.score(window, None, full)], compared=True) == {}
 
 
 def test_errors_are_retried(tmp_path):
@@ -379,12 +539,78 @@ def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, 
     monkeypatch.setattr(eval_triviaqa, "serve", serve)
     options = ["--stages", "1", "--json", str(tmp_path / "result.json")]
     monkeypatch.setattr(sys, "argv", ["eval_triviaqa.py", str(checkpoint), *options])
-    args, questions = eval_triviaqa.parse_args(), [make_question("q1", "Where?", ["Paris"])]
+    args = eval_triviaqa.parse_args()
+    task = eval_triviaqa.Questions([make_question("q1", "Where?", ["Paris"])])
     with pytest.raises(eval_triviaqa.ServerError, match="adapter of stage 1 has been replaced"):
-        eval_triviaqa.collect(args, questions)
-    rows, _ = eval_triviaqa.collect(args, questions)
-    served = [eval_triviaqa.summarize(row, questions)["adapter_blake3"] for row in rows]
+        eval_triviaqa.collect(args, task)
+    rows, _ = eval_triviaqa.collect(args, task)
+    served = [eval_triviaqa.summarize(row, task, None)["adapter_blake3"] for row in rows]
     assert served == [None, blake3(b"second").hexdigest()]
+
+
+# ---- quality against bytes --------------------------------------------------------------------------
+
+
+def compared_row(kind: str | None, stage: int | None, adapter: str | None = None, **measured) -> dict:
+    share = None if stage is None else stage / 3
+    of_adapter = {"adapter": adapter is not None, "adapter_blake3": adapter and "0123456789", "adapter_data": adapter}
+    measured |= {f"{key}_ci95": [value - 1, value + 1] for key, value in measured.items()}
+    return {"kind": kind, "stage": stage, "share_of_bytes": share, **of_adapter, "failed": 0, **measured}
+
+
+def compared_result(*rows: dict, data: str = "wiki.txt", ids: str = "12") -> dict:
+    detail = [{"id": name} for _ in rows for name in ids]
+    return {"rows": list(rows), "detail": detail, "arguments": {"perplexity": None, "agreement": None, "data": data}}
+
+
+def compare(tmp_path: Path, *contents: dict):
+    done = run_script(EVAL, "--compare", *results(tmp_path, *contents), "--json", tmp_path / "joined.json")
+    path = tmp_path / "joined.json"
+    return done, json.loads(path.read_text())["rows"] if path.is_file() else None
+
+
+def test_compare(tmp_path):
+    """What different results have measured of one stage and adapter becomes one row; the first counts."""
+    text = compared_result(
+        compared_row("planes", 1, perplexity=40.0), compared_row("planes", 3, perplexity=20.0), ids="34"
+    )
+    layers = compared_result(compared_row("layers", 1, perplexity=70.0), ids="34")
+    squad_ = compared_result(
+        compared_row("layers", 1, em=1.0, f1=2.0),
+        compared_row("layers", 1, adapter="train.json", em=5.0, f1=6.0),
+        compared_row("planes", 1, em=3.0, f1=4.0),
+        compared_row(None, None, em=8.0, f1=9.0),
+        data="squad.json",
+    )
+    again = compared_result(compared_row("planes", 1, em=30.0), data="squad.json")
+    done, rows = compare(tmp_path, text, layers, squad_, again)
+    assert done.returncode == 0, done.stderr
+    found = [(row["kind"], row["stage"], row["adapter_data"], row.get("perplexity"), row.get("em")) for row in rows]
+    assert found == [
+        ("layers", 1, None, 70.0, 1.0),
+        ("layers", 1, "train.json", None, 5.0),
+        ("planes", 1, None, 40.0, 3.0),
+        ("planes", 3, None, 20.0, None),
+        (None, None, None, None, 8.0),
+    ]
+    assert (tmp_path / "joined.png").stat().st_size > 10_000
+    assert "39.00-41.00" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [
+        (compared_result(compared_row("planes", 2, perplexity=30.0), ids="1"), "other questions or windows"),
+        (compared_result(compared_row("planes", 2, perplexity=30.0), data="other.txt"), "other questions or windows"),
+        (compared_result(compared_row("planes", 2, perplexity=30.0) | {"failed": 2}), "2 requests to planes stage 2"),
+        (compared_result({"stage": 2, "adapter": False, "em": 1.0, "failed": 0}), "of an earlier eval_triviaqa.py"),
+        ({"trials": []}, "not a result file of eval_triviaqa.py"),
+    ],
+)
+def test_results_that_cannot_be_compared(second, named, tmp_path):
+    done, rows = compare(tmp_path, compared_result(compared_row("planes", 1, perplexity=40.0)), second)
+    assert (done.returncode, rows) == (2, None)
+    assert "1.json" in done.stderr and named in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- table 1 of the paper ---------------------------------------------------------------------------
@@ -555,6 +781,47 @@ def test_stages_of_the_demo_against_stock(adapted_checkpoint, facts, coldstart, 
         ["stage 2", f"{at[1] - at[0]:.1f}", f"{at[1]:.1f}", "-", "-"],  # was not evaluated
         ["stage 3, the full model", f"{at[2] - at[1]:.1f}", f"{at[2]:.1f}", *quality[1]],
     ]
+
+
+def test_perplexity_and_agreement_of_what_is_served(facts, tmp_path):
+    """Perplexity of planes, held at their first stage, and of the full model as transformers computes it."""
+    text = facts.with_name("calibration.txt").read_text()[:6000]
+    (tmp_path / "text.txt").write_text(text)
+    checkpoint, source = tmp_path / "planes", facts.parent.parent
+    done = run_script(ROOT / "prune_and_split.py", source, checkpoint, "--planes")
+    assert done.returncode == 0, done.stderr
+    scored = ["--perplexity", tmp_path / "text.txt", "--agreement", tmp_path / "text.txt", "--stages", "1,3"]
+    result = tmp_path / "result.json"
+    options = ["--window", "64", "--stride", "32", "--server-args=--dtype float32"]
+    done = run_script(EVAL, checkpoint, *scored, *options, "--json", result)
+    assert done.returncode == 0, done.stderr
+    first, full = json.loads(result.read_text())["rows"]
+    assert (full["agreement"], full["perplexity_over_full"]) == (100.0, 1.0)
+    assert first["perplexity"] != full["perplexity"] and 20 < first["agreement"] < 100
+    assert first["perplexity_over_full"] == pytest.approx(first["perplexity"] / full["perplexity"], rel=1e-3)
+    assert first["share_of_bytes"] < 0.5 < full["share_of_bytes"] < 0.8
+    assert full["perplexity"] == pytest.approx(perplexity_by_transformers(source, text, 64, 32), rel=1e-3)
+
+
+def perplexity_by_transformers(model: Path, text: str, window: int, stride: int) -> float:
+    """As Hugging Face's guide has it: what is context in a window is not scored."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total, count, scored = 0.0, 0, 1
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        with torch.inference_mode():
+            logprobs = network(ids[:, begin:end]).logits[0].float().log_softmax(-1)
+        for place in range(scored, end):
+            total -= logprobs[place - begin - 1, ids[0, place]].item()
+        count += end - scored
+        scored = end
+        if end == ids.shape[1]:
+            break
+    return 2.718281828459045 ** (total / count)
 
 
 class stock_server:

@@ -228,6 +228,10 @@ def test_perplexity_of_each_stage(tmp_path):
             losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
         return pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
 
+    manifest = json.loads((tmp_path / "planes" / "progressive.json").read_text())
+    noted = [row["perplexity"] for row in manifest["stages"]]
+    assert noted == pytest.approx([found["planes", stage] for stage in (1, 2, 3)], rel=1e-6)
+    assert (manifest["calibration"]["source"], manifest["calibration"]["samples"]) == ("text.txt", 6)
     assert found["planes", 3] == expected(model) != found["planes", 1]
     assert found["planes", 1] == expected(at_stage(tmp_path / "planes", 1, model, tmp_path / "stage1"))
     assert found["layers", 1] == expected(model, 1, 2)

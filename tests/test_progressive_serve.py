@@ -521,13 +521,22 @@ def test_weights_that_the_model_misses_are_named(tmp_path):
     assert "no weights for lm_head.weight" in done.stderr.strip().splitlines()[-1]
 
 
-def test_min_stage(split_tiny, tmp_path):
-    """With --min-stage 2 nobody is answered by stage 1, however long that takes."""
-    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny), "--min-stage", "2", "--hold-stage", "2")
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "before"),
+    [("split_tiny", ["--min-stage", "2"], "bound"), ("planes_tiny", [], "model created")],
+)
+def test_nobody_is_answered_by_an_earlier_stage(checkpoint, options, before, request, tmp_path):
+    """However long that takes: with --min-stage, or where too much is lost at stage 1, by what the manifest says."""
+    copy = Path(shutil.copytree(request.getfixturevalue(checkpoint), tmp_path / "copy"))
+    manifest = json.loads((copy / "progressive.json").read_text())
+    for row, perplexity in zip(manifest["stages"], (40.0, 24.1, 24.0), strict=True):
+        row["perplexity"] = perplexity
+    (copy / "progressive.json").write_text(json.dumps(manifest))
+    server = Server(copy, tmp_path / "log", *slowly(copy), *options, "--hold-stage", "2")
     try:
         reader = server.hold_reader()
         server.wait_for(server.is_up)
-        server.wait_for(lambda: "bound" in [event["event"] for event in server.progress()["timeline"]])
+        server.wait_for(lambda: before in [event["event"] for event in server.progress()["timeline"]])
         assert server.progress()["stage"] == 0
         reader.resume()
         assert server.complete("Hello").headers["X-Progressive-Stage"] == "2"

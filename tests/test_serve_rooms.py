@@ -111,12 +111,53 @@ BAD_CHECKPOINTS = {
         lambda folder: edit_manifest(folder, lambda m: m["stages"][1].update(kind="planes", bits=1)),
         "several kinds",
     ),
+    "a perplexity that is none": (
+        lambda folder: edit_manifest(folder, lambda m: m["stages"][0].update(perplexity=0.5)),
+        "malformed",
+    ),
     "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
     "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
     "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
     "adapter of no stage": (lambda folder: (folder / "adapters/stage9").mkdir(parents=True), "stage9"),
     "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
 }
+
+
+def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
+    """The checkpoint, as if prune_and_split.py had measured these, one for each stage."""
+
+    def change(manifest: dict) -> None:
+        for row, perplexity in zip(manifest["stages"], perplexities, strict=True):
+            row["perplexity"] = perplexity
+
+    edit_manifest(checkpoint, change)
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "options", "min_stage"),
+    [
+        ((40.0, 24.1, 24.0), {}, 2),
+        ((40.0, 24.1, 24.0), {"max_loss": 70.0}, 1),
+        ((40.0, 24.1, 24.0), {"max_loss": 0.1}, 3),
+        ((24.0, 24.0, 24.0), {"max_loss": 0.0}, 1),
+        ((40.0, 24.1, 24.0), {"min_stage": 1}, 1),
+        ((40.0, 24.1, 24.0), {"hold_stage": 1}, 1),
+        ((40.0, 30.0, 24.0), {"hold_stage": 2}, 2),
+        ((None, None, None), {}, 1),
+        ((40.0, None, 24.0), {}, 1),
+    ],
+)
+def test_first_stage_that_answers_is_one_of_little_loss(perplexities, options, min_stage, copied):
+    with_perplexities(copied, *perplexities)
+    reading = Reading(copied, **{"min_stage": None, **options})
+    try:
+        assert reading.launch.serving.min_stage == min_stage
+        rows = reading.progress.as_dict()["stages"]
+        assert [row.get("perplexity") for row in rows] == list(perplexities)
+        assert reading.progress.as_dict()["min_stage"] == min_stage
+    finally:
+        reading.launch.close()
 
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
@@ -702,7 +743,7 @@ def test_chunks_take_their_turns_in_order():
 class Decoding:
     """A decoder in this process, on bytes that are here and of which the test says what has arrived."""
 
-    def __init__(self, checkpoint: Path, start_stage: int = 3, **of_plan):
+    def __init__(self, checkpoint: Path, start_stage: int = 3, min_stage: int = 1, **of_plan):
         import progressive_serve
 
         self.plan = replace(progressive_serve.read_plan(checkpoint), **of_plan)
@@ -715,9 +756,10 @@ class Decoding:
         self.buffer.lay_out(cache=False)
         for file in self.plan.files:
             self.buffer.place_of(file.name)[:] = (checkpoint / file.name).read_bytes()
-        serving = progressive_serve.ServingPlan(journal, buffer, start_stage, 1, 3)
+        serving = progressive_serve.ServingPlan(journal, buffer, start_stage, min_stage, 3)
         self.source = progressive_serve.StageSource(serving, self.plan, rank=0, workers=1)
-        job = SimpleNamespace(journal=journal, buffer=buffer, start_stage=start_stage, hold_stage=3)
+        stages = dict(start_stage=start_stage, min_stage=min_stage, hold_stage=3)
+        job = SimpleNamespace(journal=journal, buffer=buffer, **stages)
         decoder = progressive_serve.Decoder(job, self.plan)
         self.thread = threading.Thread(target=decoder.run, daemon=True)
         self.thread.start()
@@ -799,6 +841,19 @@ def test_decoder_begins_again_when_more_has_arrived(planes_tiny):
     held_back.wait_for(lambda arrivals: 2 in arrivals.decoded)
     held_back.journal.mark("model created", rank=0)
     assert held_back.source.next_stage(0) == 2
+
+
+def test_decoder_begins_with_what_may_be_served(planes_tiny):
+    """A stage by which nobody is answered is not made at all."""
+    decoding = Decoding(planes_tiny, min_stage=2)
+    decoding.arrive(1)
+    time.sleep(0.5)
+    decoding.source.follow()
+    assert not decoding.source.arrivals.tensors[1] and not decoding.source.arrivals.decoded
+    decoding.journal.mark("model created", rank=0)
+    decoding.arrive(2)
+    assert decoding.source.next_stage(0) == 2
+    assert decoding.weights(1, 2).keys() == load_file(planes_tiny.with_name("model") / "model.safetensors").keys()
 
 
 def test_decoder_makes_no_more_than_is_taken(planes_tiny, monkeypatch):
@@ -955,6 +1010,9 @@ def test_help_is_readable_on_80_columns():
         (["{checkpoint}", "--hold-stage", "0"], "0"),
         (["{checkpoint}", "--min-stage", "4"], "--min-stage 4"),
         (["{checkpoint}", "--min-stage", "3", "--hold-stage", "2"], "--min-stage 3"),
+        (["{checkpoint}", "--max-loss", "5%"], "--max-loss 5"),
+        (["{checkpoint}", "--max-loss", "little"], "little"),
+        (["{checkpoint}", "--max-loss", "-1"], "-1"),
         (["{checkpoint}", "--cache-dir", "/proc/nowhere"], "/proc/nowhere"),
         (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
         (["{checkpoint}", "--enable-lora"], "--enable-lora"),
