@@ -1014,9 +1014,11 @@ def draw_scores(rows: list[dict], task: Task, path: Path) -> None:
             bars = axes.bar(places, heights, width, yerr=errors, ecolor="0.4", capsize=2, label=label)
             axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
         axes.set_xticks(range(len(rows)), names)
-        axes.set(ylabel=unit)
+        axes.set(ylabel=unit, title=" and ".join(measures.values()))
         axes.margins(y=0.12)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02), ncols=2, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(measures) > 1:
+            axes.legend(loc="upper left", ncols=2, frameon=False)
     figure.suptitle(task.describe().split(";")[0], fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -17,6 +17,7 @@ the original model, bit for bit, with no restart, no lost request and no stale K
 Commands:
     python progressive_serve.py demo/checkpoint --port 8000
     python progressive_serve.py demo/checkpoint --min-stage 2           # nobody is answered by stage 1
+    python progressive_serve.py demo/smollm2-planes --max-loss 1%       # ... by none that loses more perplexity
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
     python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models

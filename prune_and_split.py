@@ -34,6 +34,7 @@ Outputs, in OUT:
 
 With --planes there is no index and no pruning/; the manifest has what --restore needs. With --calibration there is
 planes/perplexity.csv, .png: the perplexity of each stage, and of stages of layers, against their share of the bytes.
+Those of planes are in the manifest as well: the server goes by them in choosing the first stage that may answer.
 
 OUT appears whole, by a rename at the very end. Until then everything is in its hidden sibling `.OUT.partial`; what a
 killed run leaves there is removed by the next run. One layer, or matrix, is in memory at a time.
@@ -105,7 +106,8 @@ TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
          document, in order, cut to --seq-len; its final token counts. Default:
          {HUB_CALIBRATION};
          the demo model brings its own. With --layers or --synthetic, layers
-         are scored only where --calibration is given.
+         are scored only where --calibration is given. With --planes the
+         perplexity of each stage is measured on it, if it is given.
 SHAPE    tinyllama-1.1b, llama3.2-3b, llama2-7b, llama2-13b or llama3-8b, to
          time cold starts; unscored, the block ends just before the last layer,
          but that of llama2-7b is the paper's (20-27 from 0).
