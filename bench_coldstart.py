@@ -1006,7 +1006,7 @@ def loader_alone_mbps(args: argparse.Namespace) -> float:
         journal = Path(folder) / "journal.jsonl"
         job = {"parent": os.getpid(), "scratch": "", "window": 1 << 62, "limit_mbps": 0.0}
         job |= {"root": str(args.checkpoint), "source": str(args.checkpoint), "keep": "", "journal": str(journal)}
-        job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "start_stage": 1, "hold_stage": 1}
+        job |= {"buffer": f"/proc/{os.getpid()}/fd/{memory}", "start_stage": 1, "min_stage": 1, "hold_stage": 1}
         reader = subprocess.Popen([sys.executable, str(SERVER), "_read", json.dumps(job)])
         try:
             while "resident" not in at and "error" not in at and reader.poll() is None:

@@ -1226,10 +1226,12 @@ def draw_quality(rows: list[dict], path: Path) -> None:
         axes.set(xlim=(0, 104), xlabel="share of the model's bytes, %", title=MEASURES[key][0])
         if key == "perplexity":
             axes.set(yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         else:
             axes.set(ylim=(0, None), ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][-1].legend(loc="lower right", frameon=False, fontsize=8)
+    panels[0][0].legend(loc="lower left", frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
