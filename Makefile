@@ -21,7 +21,7 @@ SAY := @printf '\n==> %s\n'
 COMMA := ,
 # Bandwidth is limited where the kernel lets us: storage slow enough to see the difference, then the disk as it is.
 CAN_LIMIT := $(shell [ -w /sys/fs/cgroup/blkio ] || [ -w /sys/fs/cgroup/cgroup.subtree_control ] && echo yes)
-BANDWIDTHS := $(if $(CAN_LIMIT),--sweep 10$(COMMA)0)
+BANDWIDTHS := $(if $(CAN_LIMIT),--sweep 20$(COMMA)0)
 QUESTION := "Question: What is the capital of France? Answer:"
 
 demo: .venv/installed
@@ -30,12 +30,12 @@ demo: .venv/installed
 	  $(MAKE) --no-print-directory demo-adapters; fi
 
 demo-smollm2: demo/smollm2-planes/progressive.json demo/smollm2-layers/progressive.json
-	$(SAY) "Cold starts: stock vLLM, stages of layers, stages of planes (3 minutes)"
+	$(SAY) "Cold starts: stock vLLM, stages of layers, stages of planes (4 minutes)"
 	@.venv/bin/python bench_coldstart.py --mode baseline,progressive,progressive@demo/smollm2-planes \
-	  --checkpoint demo/smollm2-layers --trials 1 $(BANDWIDTHS) --json demo/results/smollm2.json
+	  --checkpoint demo/smollm2-layers --trials 1 $(BANDWIDTHS) --prompt $(QUESTION) --json demo/results/smollm2.json
 	$(SAY) "What each stage answers, of layers and of planes, on storage so slow that all are seen (2 minutes)"
 	@.venv/bin/python bench_coldstart.py --mode progressive,progressive@demo/smollm2-planes \
-	  --checkpoint demo/smollm2-layers --trials 1 --stretch 40 --prompt $(QUESTION) --server-args="--min-stage 1" \
+	  --checkpoint demo/smollm2-layers --trials 1 --stretch 20 --prompt $(QUESTION) --server-args="--min-stage 1" \
 	  --json demo/results/smollm2-stages.json
 
 demo/smollm2-planes/progressive.json: demo/smollm2/config.json demo/prose.txt prune_and_split.py

@@ -1198,22 +1198,23 @@ def panel_title(result: dict, mbps: float | None) -> str:
 
 
 def print_table(result: dict) -> None:
-    """Every mode at every bandwidth; then gaps, and what the last progressive trial answered at each stage."""
+    """Every mode at every bandwidth; then gaps, and what was answered at each stage."""
     summary = summarise(result)
+    wide = max(15, *(len(point["mode"]) for point in summary))
     for mbps in by_speed(result["trials"]):
         points = [point for point in summary if point["read_mbps"] == mbps]
         print(f"\n{panel_title(result, mbps)}")
         columns = [column for column in COLUMNS if any(point.get(column[1]) is not None for point in points)]
         headings = "  ".join(f"{heading:>{int(width.split('.')[0])}}" for heading, _, width in columns)
-        print(f"{'mode':<15} trials  {headings}  all TTFT")
+        print(f"{'mode':<{wide}} trials  {headings}  all TTFT")
         for point in points:
             shown = {**point, "peak_pss": point["peak_pss"] and point["peak_pss"] / 2**30}
             cells = "  ".join(cell(shown.get(key), width) for _, key, width in columns)
             rows = rows_of(result["trials"], point["mode"], mbps)
             samples = " ".join(f"{row['ttft']:.2f}" for row in rows)
-            print(f"{point['mode']:<15} {len(rows):>6}  {cells}  {samples}")
+            print(f"{point['mode']:<{wide}} {len(rows):>6}  {cells}  {samples}")
             if point["loader_mbps"]:
-                print(f"{'':<15} loader read stage 1 at {point['loader_mbps']:.1f} MB/s while the server started")
+                print(f"{'':<{wide}} loader read stage 1 at {point['loader_mbps']:.1f} MB/s while the server started")
         if mbps == 0 and result.get("loader_alone"):
             alone, dd = statistics.median(result["loader_alone"]), statistics.median(result["bandwidth"]["0"])
             print(f"loader alone reads stage 1 at {alone:.1f} MB/s, {alone / dd:.2f} of dd")
@@ -1248,14 +1249,14 @@ def print_gaps(trials: list[dict]) -> None:
 
 
 def print_answers(trials: list[dict]) -> None:
-    """What the full model answered in each mode, and the stages of the last progressive trial."""
+    """What the full model answered in each mode, and each stage in the last trial of a progressive one."""
     final = {row["mode"]: row.get("answers", [row])[-1]["answer"].strip() for row in trials}
     print()
     for answer in dict.fromkeys(final.values()):
         modes = ", ".join(mode for mode in final if final[mode] == answer)
         print(f"{modes} answered {answer!r}")
-    for row in [row for row in trials if row["mode"] == "progressive"][-1:]:
-        print("progressive, last trial: when each stage was active, and what it answered")
+    for mode, row in {row["mode"]: row for row in trials if kind_of(row["mode"]) == "progressive"}.items():
+        print(f"{mode}, last trial: when each stage was active, and what it answered")
         answers = {entry["stage"]: entry["answer"].strip() for entry in row["answers"]}
         for stage, seconds in row["stage_seconds"].items():
             print(f"  stage {stage} {seconds:>8.2f} s   {answers.get(int(stage), '(not asked at this stage)')!r}")
