@@ -22,7 +22,7 @@ COMMA := ,
 # Bandwidth is limited where the kernel lets us: storage slow enough to see the difference, then the disk as it is.
 CAN_LIMIT := $(shell [ -w /sys/fs/cgroup/blkio ] || [ -w /sys/fs/cgroup/cgroup.subtree_control ] && echo yes)
 BANDWIDTHS := $(if $(CAN_LIMIT),--sweep 20$(COMMA)0)
-QUESTION := "Question: What is the capital of France? Answer:"
+QUESTION := "The capital of France is"
 
 demo: .venv/installed
 	@if $(MAKE) --no-print-directory demo/smollm2/config.json; then $(MAKE) --no-print-directory demo-smollm2; \
