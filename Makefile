@@ -33,10 +33,9 @@ demo-smollm2: demo/smollm2-planes/progressive.json demo/smollm2-layers/progressi
 	$(SAY) "Cold starts: stock vLLM, stages of layers, stages of planes (4 minutes)"
 	@.venv/bin/python bench_coldstart.py --mode baseline,progressive,progressive@demo/smollm2-planes \
 	  --checkpoint demo/smollm2-layers --trials 1 $(BANDWIDTHS) --prompt $(QUESTION) --json demo/results/smollm2.json
-	$(SAY) "What each stage answers, of layers and of planes, on storage so slow that all are seen (2 minutes)"
-	@.venv/bin/python bench_coldstart.py --mode progressive,progressive@demo/smollm2-planes \
-	  --checkpoint demo/smollm2-layers --trials 1 --stretch 20 --prompt $(QUESTION) --server-args="--min-stage 1" \
-	  --json demo/results/smollm2-stages.json
+	$(SAY) "What each stage of planes answers, on storage so slow that all are seen (2 minutes)"
+	@.venv/bin/python bench_coldstart.py --mode progressive --checkpoint demo/smollm2-planes --trials 1 --stretch 40 \
+	  --prompt $(QUESTION) --server-args="--min-stage 1" --json demo/results/smollm2-stages.json
 
 demo/smollm2-planes/progressive.json: demo/smollm2/config.json demo/prose.txt prune_and_split.py
 	$(SAY) "Splitting it into stages of precision, and measuring what each of them loses (a minute)"
