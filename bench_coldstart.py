@@ -1336,14 +1336,12 @@ def measure_steps(result: dict, mode: str) -> dict[str, float] | None:
 
 
 def bytes_of(result: dict, mode: str) -> tuple[list[int], int | None]:
-    """Of a mode's stages, those by which nobody is answered counted with the next, and of a model in planes."""
+    """Of what a mode reads, by stage, those by which nobody is answered with the next; and of a model in planes."""
     row = next((row for row in result["trials"] if row["mode"] == mode), {})
     is_planes = any(event["event"] == "decoded" for event in row.get("timeline", ()))
-    stages, model = result["stage_bytes"], result.get("model_bytes", sum(result["stage_bytes"]))
-    if is_progressive(mode):
-        stages, first = row.get("weight_bytes", stages), row.get("min_stage", 1)
-        stages = [sum(stages[:first]), *stages[first:]]
-    return stages, row.get("model_bytes", model) if is_planes else None
+    model = result.get("model_bytes", sum(result["stage_bytes"]))
+    stages, first = row.get("weight_bytes", result["stage_bytes"]), row.get("min_stage", 1)
+    return [sum(stages[:first]), *stages[first:]], row.get("model_bytes", model) if is_planes else None
 
 
 def measure_stock(row: dict, stages: list[int], _) -> dict[str, float]:

@@ -545,6 +545,16 @@ def test_floor_is_what_costs_more():
     assert bench_coldstart.floors(9.0, 1000.0, stages) == (9.0, 9.0)
 
 
+def test_floor_of_what_a_mode_reads_before_it_answers():
+    """By its own files, and up to the first stage by which anybody is answered."""
+    stages = [300_000_000, 100_000_000, 200_000_000]
+    trials = [trial("progressive", 100, 9.0, weight_bytes=stages), trial("warm", None, 1.0)]
+    trials += [trial("progressive@planes", 100, 9.0, weight_bytes=stages, min_stage=2)]
+    trials += [trial("baseline", 100, 20.0, weight_bytes=[900_000_000])]
+    found = {point["mode"]: point.get("floor") for point in bench_coldstart.summarise(make_result(trials))}
+    assert found == {"progressive": 3.0, "progressive@planes": 4.0, "baseline": 9.0, "warm": None}
+
+
 def test_gap_of_a_transition_is_the_largest_one_near_it():
     streams = [[0.5, 0.6, 0.7], [1.0, 1.1, 1.2, 1.8, 1.9, 2.0, 3.0, 3.1, 5.0]]
     timeline = [
