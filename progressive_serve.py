@@ -463,22 +463,6 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
     return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files, perplexity)
 
 
-def choose_min_stage(plan: Plan, max_loss: float | None) -> int:
-    """The first stage whose perplexity is at most max_loss percent above the last one's; 1 where none is known.
-
-    Raises UsageError where none is known and max_loss is given.
-    """
-    if all(stage.perplexity for stage in plan.stages):
-        bound = plan.stages[-1].perplexity * (1 + (MAX_LOSS if max_loss is None else max_loss) / 100)
-        return next(stage.number for stage in plan.stages if stage.perplexity <= bound)
-    if max_loss is not None:
-        raise UsageError(
-            f"--max-loss {max_loss:g}: {plan.root} says no perplexity of its stages; "
-            "give --min-stage, or make it again with prune_and_split.py --planes --calibration FILE"
-        )
-    return 1
-
-
 # ---- stage adapters: what makes up for the layers that are still missing (server, worker) -----------
 
 
@@ -778,6 +762,22 @@ def decide_first_stage(serving: ServingPlan, resident: int, streams: bool, ranks
     bind = max(1, min(resident, serving.start_stage))
     serve = max(bind, serving.min_stage)
     return FirstStage(bind, serve, streams and bind == serve, ranks)
+
+
+def choose_min_stage(plan: Plan, max_loss: float | None) -> int:
+    """The first stage whose perplexity is at most max_loss percent above the last one's; 1 where none is known.
+
+    Raises UsageError where none is known and max_loss is given.
+    """
+    if all(stage.perplexity for stage in plan.stages):
+        bound = plan.stages[-1].perplexity * (1 + (MAX_LOSS if max_loss is None else max_loss) / 100)
+        return next(stage.number for stage in plan.stages if stage.perplexity <= bound)
+    if max_loss is not None:
+        raise UsageError(
+            f"--max-loss {max_loss:g}: {plan.root} says no perplexity of its stages; "
+            "give --min-stage, or make it again with prune_and_split.py --planes --calibration FILE"
+        )
+    return 1
 
 
 # ---- journal: the timeline that joins the processes (every process) ---------------------------------

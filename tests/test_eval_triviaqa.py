@@ -329,7 +329,7 @@ class Fake(ThreadingHTTPServer):
 
     def __init__(self, reply, port: int = 0):
         super().__init__(("127.0.0.1", port), FakeHandler)
-        self.reply, self.asked, self.lock = reply, {}, threading.Lock()
+        self.reply, self.asked, self.lock, self.is_vllm = reply, {}, threading.Lock(), True
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -343,8 +343,9 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":  # a token is a letter
-            return self.send(200, {"tokens": [ord(letter) for letter in body["prompt"]], "max_model_len": 9}, {})
+        if self.path == "/tokenize":  # a token is a letter; other servers have other answers, or none
+            tokens = {"tokens": [ord(letter) for letter in body["prompt"]], "max_model_len": 9}
+            return self.send(200, tokens if self.server.is_vllm else [tokens], {})
         is_chat = self.path == "/v1/chat/completions"
         asked = body["messages"][0]["content"] if is_chat else body["prompt"]
         question = str(asked).removeprefix("Question: ").removesuffix("\nAnswer:")
@@ -421,6 +422,10 @@ def test_text_that_cannot_be_scored(tmp_path):
         done, result = score_text(tmp_path, server.url, text, "--window", window)
         assert (done.returncode, result) == (2, None)
         assert named in done.stderr and "Traceback" not in done.stderr
+    server.is_vllm = False
+    done, result = score_text(tmp_path, server.url, "0123456789", "--window", "4")
+    assert (done.returncode, result) == (2, None)
+    assert "/tokenize" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_windows_that_failed_are_left_out(tmp_path):
@@ -544,8 +549,9 @@ def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, 
     with pytest.raises(eval_triviaqa.ServerError, match="adapter of stage 1 has been replaced"):
         eval_triviaqa.collect(args, task)
     rows, _ = eval_triviaqa.collect(args, task)
-    served = [eval_triviaqa.summarize(row, task, None)["adapter_blake3"] for row in rows]
-    assert served == [None, blake3(b"second").hexdigest()]
+    served, checksum = [eval_triviaqa.summarize(row, task, None) for row in rows], blake3(b"second").hexdigest()
+    assert [row["adapter_blake3"] for row in served] == [None, checksum]
+    assert [row["adapter_data"] for row in served] == [None, checksum[:8]]  # nothing says what it was trained on
 
 
 # ---- quality against bytes --------------------------------------------------------------------------
