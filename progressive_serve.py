@@ -56,6 +56,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import heapq
 import importlib.metadata
 import io
@@ -65,6 +66,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -75,10 +77,12 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 # ---- constants (every process) ----------------------------------------------------------------------
 
@@ -86,6 +90,7 @@ FORMAT_VERSIONS = (1, 2)  # of progressive.json; 2 has planes
 NAME = Path(__file__).name
 MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
+HOLLOW_FORMAT = "progressive-hollow"  # of the compiler process
 LAYERS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # whose decoder layers a gate fits
 PLANES_ARCHITECTURES = (  # that a test has seen end as stock's, to the last bit
     *LAYERS_ARCHITECTURES, "Qwen3ForCausalLM", "Phi3ForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM",
@@ -118,6 +123,10 @@ PARENT_POLL_SECONDS = 0.2  # how often the reader looks whether the server still
 ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still lives
 LAST_WORDS_SECONDS = 1.0  # for what vLLM itself answers when its engine has died
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
+COMPILER_COMMAND = "_compile"  # this file as the compiler process: progressive_serve.py _compile JOB, see CompileJob
+COMPILER_NICENESS = 19  # running requests go first
+COMPILER_BYTES = 3 << 30  # that compiling needs: it has no weights, but all of torch's compiler, and gcc
+COMPILE_SECONDS = 1800.0  # after which it is given up
 STAGE_HEADER = b"x-progressive-stage"
 LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
 # Options of a PEFT LoRA that mean more than W + scaling x B A with one rank and one scaling.
@@ -737,6 +746,8 @@ class ServingPlan:
     min_stage: int  # nobody is answered by a stage below
     hold_stage: int  # the last stage to be loaded
     adapters: tuple[int, ...] = ()  # stages that are served with an adapter
+    compile_later: bool = False  # what vLLM is to compile comes after the last stage, and after the tokens
+    compile_timeout: float = COMPILE_SECONDS  # it stays eager if that takes longer
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "ServingPlan":
@@ -820,6 +831,9 @@ class Journal:
         "bound": ("worker", ("stage", "rank")),
         "ready": ("server", ()),  # it listens
         "active": ("controller", ("stage", "pause")),  # pause: seconds that the transition has taken
+        "compiling": ("controller", ()),  # what the cache does not hold, in a process of its own
+        "compiled": ("controller", ("pause",)),  # and in use from here on
+        "not compiled": ("controller", ("reason",)),  # the server stays as it is
         "error": ("whoever meets it", ("text", "stage")),  # the first stage that is spoilt
     }
 
@@ -930,6 +944,8 @@ class Progress(Arrivals):
     ready: bool = False  # whether the server listens
     active_stage: int = 0  # whose gates are open; it may still be arriving. 0 before there is one
     complete_at: dict[int, float] = field(default_factory=dict)  # stage -> when it was active with all its weights
+    optimized: str = "eager"  # how the model runs: eager, compiling (and eager meanwhile), or compiled
+    not_optimized: str | None = None  # why it stays eager, where it was to be compiled
     timeline: list[dict] = field(default_factory=list)
 
     def fold_one(self, event: str, at: float, **fields) -> None:
@@ -940,6 +956,10 @@ class Progress(Arrivals):
             self.ready = True
         elif event == "active":
             self.active_stage = fields["stage"]
+        elif event in ("compiling", "compiled"):
+            self.optimized = event
+        elif event == "not compiled":
+            self.optimized, self.not_optimized = "eager", fields["reason"]
         for stage in range(1, min(self.active_stage, self.bound_stage()) + 1):
             self.complete_at.setdefault(stage, at)
         self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
@@ -986,8 +1006,10 @@ class Progress(Arrivals):
             "min_stage": self.serving.min_stage,
             "hold_stage": self.serving.hold_stage,
             "stages": rows,
+            "optimized": self.optimized,
+            "not_optimized": self.not_optimized and without_folders(self.not_optimized),
             "timeline": [
-                {**event, "text": without_folders(event["text"])} if "text" in event else event
+                {key: without_folders(value) if key in ("text", "reason") else value for key, value in event.items()}
                 for event in self.timeline
             ],
             "error": self.error and without_folders(self.error),
@@ -1775,6 +1797,21 @@ def percentage(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value
+
+
+def of_reading(args: argparse.Namespace) -> dict:
+    """Those of our own options that start_reading() takes."""
+    return {name: value for name, value in vars(args).items() if name not in ("compile_later", "compile_timeout")}
+
+
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest for vLLM. Before the heavy imports, so that mistakes and --help are instant."""
     parser = argparse.ArgumentParser(
@@ -1819,6 +1856,21 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="X",
         help="read at most X MB/s, to leave bandwidth to others or to watch the stages (default: no limit)",
     )
+    group = parser.add_argument_group("compilation")
+    group.add_argument(
+        "--optimize-later",
+        dest="compile_later",
+        action=argparse.BooleanOptionalAction,
+        help="answer before anything is compiled, and compile what vLLM's options ask for after the last stage, behind "
+        "the tokens (default: on a CPU, where --no-enforce-eager asks vLLM to compile)",
+    )
+    group.add_argument(
+        "--compile-timeout",
+        type=seconds,
+        default=COMPILE_SECONDS,
+        metavar="S",
+        help="stay eager if that takes longer (default: %(default)g s)",
+    )
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         parser.error(f"the checkpoint comes first: {NAME} CKPT {' '.join(argv[:2])} ...")
     return parser.parse_known_args(argv)
@@ -1848,7 +1900,7 @@ def start_early(argv: list[str]) -> EarlyStart:
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
     end_on_signals(None)
     try:
-        launch = start_reading(**vars(args), start=process_start())
+        launch = start_reading(**of_reading(args), start=process_start())
     except UsageError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1886,19 +1938,48 @@ def end_before_ready(launch: Launch | None, failure: str | None = None, number: 
     os._exit(128 + number if number else 2)
 
 
+@dataclass(frozen=True)
+class CompileJob:
+    """What the compiler process is started with; travels as JSON on its command line, vLLM's configuration on stdin."""
+
+    parent: int  # process id of the server
+    threads: int  # that the workers compute with: torch chooses its loops by them
+    settings: dict[str, str]  # of torch's compiler, that vLLM has made when the server had imported it
+
+
+def stay_below(job: CompileJob) -> None:
+    """In the compiler process: leave the machine to the server, and end with it, together with gcc."""
+
+    def end_with_parent() -> None:
+        while os.getppid() == job.parent:
+            time.sleep(PARENT_POLL_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    os.nice(COMPILER_NICENESS)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 if __name__ == "__main__":
+    EARLY = None
     if sys.argv[1:2] == [READER_COMMAND]:
         sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
-    EARLY = start_early(sys.argv[1:])
+    elif sys.argv[1:2] == [COMPILER_COMMAND]:
+        stay_below(CompileJob(**json.loads(sys.argv[2])))
+    else:
+        EARLY = start_early(sys.argv[1:])
 
 # ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
+import psutil
 import torch
 import vllm
 from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm import envs
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -1906,7 +1987,7 @@ from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 from vllm.v1.engine.core_client import InprocClient
 
-if __name__ == "__main__":
+if __name__ == "__main__" and EARLY:
     after_imports(EARLY)
 logger = init_logger(f"vllm.{MODULE}")
 
@@ -1960,8 +2041,16 @@ class GateMixin:
         return hidden_states, residual
 
 
+def is_compiled_later(vllm_config: VllmConfig) -> bool:
+    """Whether the model runs in Python until the last stage is active, and is compiled then; see LaterCompilation."""
+    by_vllm = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
+    return ServingPlan.of(vllm_config).compile_later and vllm_config.compilation_config.mode in by_vllm
+
+
 def graph_is_fixed(vllm_config: VllmConfig) -> bool:
-    """Whether the model runs as it was compiled or captured once; else in Python, at each step anew."""
+    """Whether the model runs as it was compiled or captured at the start; else in Python, at each step anew."""
+    if is_compiled_later(vllm_config):
+        return False
     compilation = vllm_config.compilation_config
     is_compiled = (compilation.mode or CompilationMode.NONE) != CompilationMode.NONE
     return is_compiled or (compilation.cudagraph_mode or CUDAGraphMode.NONE) != CUDAGraphMode.NONE
@@ -1976,6 +2065,12 @@ def install_gates(model: nn.Module, layers: list[int], selects: bool, device: to
         layer.install_gate(selects, device)
         gated[index] = layer
     return gated
+
+
+def remove_gate(layer: nn.Module) -> None:
+    """Make a decoder layer again what vLLM has made."""
+    layer.__class__ = type(layer).__bases__[1]
+    del layer.gate_selects, layer.gate_open, layer.gate
 
 
 # ---- placing: how a tensor gets into a module (worker) ----------------------------------------------
@@ -2418,6 +2513,12 @@ class Binding:
         self.adapters.settle(stage)
         give_back_memory()
 
+    def remove_gates(self) -> None:
+        """After the last stage: leave the model as vLLM has made it."""
+        for layer in self.gates.values():
+            remove_gate(layer)
+        self.gates.clear()
+
 
 # ---- releases of vLLM: what differs between them (worker, server) -----------------------------------
 
@@ -2476,6 +2577,15 @@ def check_engine(llm: vllm.LLM) -> None:
         client.ensure_alive()
 
 
+def finish_loading_artifacts() -> None:
+    """vLLM ends its loading of a compiled graph by a method that torch's own, those of a CPU, do not have (0.32)."""
+    with contextlib.suppress(ImportError):
+        from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Artifact
+
+        if not hasattr(Artifact, "finalize_loading"):
+            Artifact.finalize_loading = lambda artifact, vllm_config: None  # it is whole already
+
+
 def kv_cache_allocator() -> tuple[object, str]:
     """(owner, name) of the function that allocates the KV cache."""
     from vllm.v1.worker import gpu_model_runner as runner
@@ -2492,7 +2602,7 @@ def skip_eager_warm_up() -> None:
     warm_up = CPUModelRunner.warming_up_model
 
     def warm_up_graph(runner) -> None:
-        if runner.vllm_config.compilation_config.mode != CompilationMode.NONE:
+        if graph_is_fixed(runner.vllm_config):
             warm_up(runner)
 
     CPUModelRunner.warming_up_model = warm_up_graph
@@ -2827,6 +2937,84 @@ class PackedInGraph(Packed):
         return None  # the graph looks at `weight`
 
 
+# ---- after the first token: what vLLM compiles (worker) ---------------------------------------------
+
+
+class LaterCompilation:
+    """What vLLM was to compile of a model, and has been kept from; begin() makes up for it, after the last stage.
+
+    Until then the model is the one that --enforce-eager makes, operators included. Not earlier, because vLLM drops all
+    guards: a graph would hold the gates, and the hooks of parts that wait for their weights, for ever.
+    """
+
+    def __init__(self, vllm_config: VllmConfig):
+        self.vllm_config = vllm_config
+        self.operators: list[tuple[CustomOp, bool, Callable]] = []  # its compile_native, and what it is while eager
+        self.modules: list[tuple[nn.Module, dict]] = []  # that vLLM compiles, and how
+
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """While vLLM makes the model."""
+        compilation, dispatch = self.vllm_config.compilation_config, CustomOp.dispatch_forward
+        eager = {"mode": CompilationMode.NONE}
+        eager["custom_ops"] = ["all" if name == "none" else name for name in compilation.custom_ops]
+
+        def dispatch_eager(operator: CustomOp, compile_native: bool) -> Callable:
+            with patch.multiple(compilation, **eager):
+                method = dispatch(operator, compile_native)
+            self.operators.append((operator, compile_native, method))
+            return method
+
+        def note(module: nn.Module, **options) -> None:
+            self.modules.append((module, options))
+
+        with (
+            patch.object(CustomOp, "dispatch_forward", dispatch_eager),
+            patch.object(TorchCompileWithNoGuardsWrapper, "__init__", note),
+        ):
+            yield
+        for module, _ in self.modules:
+            module.do_not_compile = True
+
+    def artifacts(self) -> list[Path]:
+        """Where vLLM keeps what it has compiled of each module: see support_torch_compile, __call__ (vLLM 0.32)."""
+        from vllm.compilation.caching import aot_compile_hash_factors
+        from vllm.compilation.decorators import _model_hash_key
+
+        parallel, paths = self.vllm_config.parallel_config, []
+        for module, _ in self.modules:
+            factors = [*aot_compile_hash_factors(self.vllm_config), _model_hash_key(module.forward)]
+            folder = Path(envs.VLLM_CACHE_ROOT, "torch_compile_cache", "torch_aot_compile")
+            folder /= hashlib.sha256(str(factors).encode()).hexdigest()
+            paths.append(folder / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / "model")
+        return paths
+
+    def begin(self, runner) -> None:
+        """Take what has been compiled from vLLM's cache, and compute with it from here on. Between two engine steps.
+
+        Raises what keeps it from that; then the model is as it was.
+        """
+        finish_loading_artifacts()
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                for operator, compile_native, _ in self.operators:
+                    operator._forward_method = operator.dispatch_forward(compile_native=compile_native)
+                for module, options in self.modules:
+                    TorchCompileWithNoGuardsWrapper.__init__(module, **options)
+                    module.do_not_compile = False
+            with patch.object(envs, "VLLM_FORCE_AOT_LOAD", True):  # else vLLM would compile now, and everybody wait
+                runner._dummy_run(1, is_profile=True)
+        except BaseException:
+            self.stay_eager()
+            raise
+
+    def stay_eager(self) -> None:
+        for operator, _, method in self.operators:
+            operator._forward_method = method
+        for module, _ in self.modules:
+            module.do_not_compile = True
+
+
 # ---- loader: vLLM's seam for all of this (worker) ---------------------------------------------------
 
 
@@ -2846,7 +3034,10 @@ class ProgressiveLoader(BaseModelLoader):
         if current_platform.is_cpu():
             prepare_cpu_worker()
         self.vllm_config = vllm_config
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        later = LaterCompilation(vllm_config) if is_compiled_later(vllm_config) else None
+        with later.postponed() if later else contextlib.nullcontext():
+            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        model.later_compilation = later
         model.binding.start()
         return model
 
@@ -2861,6 +3052,150 @@ class ProgressiveLoader(BaseModelLoader):
 
 if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
     register_model_loader(LOAD_FORMAT)(ProgressiveLoader)
+
+# ---- compiler: what vLLM compiles, in a process of its own (compiler, server) -----------------------
+
+
+class Saved(BaseException):
+    """vLLM has put everything into its cache."""
+
+
+class HollowLoader(BaseModelLoader):
+    """The loader of the compiler process: of weights that nobody reads no page exists.
+
+    The linear layers of a CPU are packed, as a graph has to find them; those of one shape share one packed copy.
+    """
+
+    def download_model(self, model_config) -> None:
+        pass
+
+    def load_weights(self, model: nn.Module, model_config) -> None:
+        packed: dict[tuple, nn.Module] = {}
+        for module in linears(model.model) if current_platform.is_cpu() else ():
+            first = packed.setdefault((type(module.quant_method), *module.weight.shape), module)
+            if first is not module:
+                module.quant_method.process_weights_after_loading = functools.partial(share_packed, first)
+        if current_platform.is_cpu():
+            postpone_packing(model.lm_head)  # lies behind what is compiled
+        self.stop_when_saved(model)
+
+    def stop_when_saved(self, model: nn.Module) -> None:
+        """Raise Saved when the cache has all of a model, instead of running it."""
+        waiting = [module for module in model.modules() if not getattr(module, "do_not_compile", True)]
+
+        def save_and_stop(module: nn.Module) -> None:
+            type(module).save_aot_compiled_function(module)
+            waiting.remove(module)
+            if not waiting:
+                raise Saved
+
+        for module in waiting:
+            module.save_aot_compiled_function = functools.partial(save_and_stop, module)
+
+
+def share_packed(first: nn.Module, module: nn.Module) -> None:
+    """Give a linear layer the packed copy of another of its shape.
+
+    Under tensors of its own: torch takes the same tensor for one input of the graph, and here each layer is another.
+    """
+
+    def own(content):
+        if isinstance(content, torch.Tensor):
+            return content.detach()
+        if hasattr(content, "handler_tensor"):  # of oneDNN; `first` releases what it points to
+            content = copy.copy(content)
+            content.handler_tensor, content.dtor = content.handler_tensor.clone(), lambda handler: None
+        return content
+
+    function = first.cpu_linear
+    cells = tuple(types.CellType(own(content)) for content in closure_of(function))
+    module.cpu_linear = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells or None
+    )
+    if first.weight.numel() == 0:
+        module.weight = nn.Parameter(first.weight.detach(), requires_grad=False)
+
+
+def run_compiler(job: CompileJob) -> int:
+    """The compiler process: fills vLLM's cache, as the start of a stock server would. Returns its exit status."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.utils.network_utils import get_open_port
+
+    os.environ.update(job.settings)
+    set_num_threads(job.threads)
+    vllm_config = pickle.load(sys.stdin.buffer)
+    vllm_config.load_config.load_format, vllm_config.load_config.model_loader_extra_config = HOLLOW_FORMAT, {}
+    register_model_loader(HOLLOW_FORMAT)(HollowLoader)
+    worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    place = {"local_rank": 0, "rank": 0, "distributed_init_method": f"tcp://127.0.0.1:{get_open_port()}"}
+    with set_current_vllm_config(vllm_config):
+        worker = worker_class(vllm_config, **place, is_driver_worker=True)
+        worker.init_device()
+        worker.load_model()
+        try:
+            worker.determine_available_memory()  # compiles, at the first forward pass
+        except Saved:
+            os._exit(0)  # nothing of all this is worth being taken down in order
+    raise RuntimeError("vLLM has compiled nothing")
+
+
+INDUCTOR = "TORCHINDUCTOR_"  # begins the names of settings of torch's compiler
+
+
+def environment_at_start() -> dict[str, str]:
+    """The environment that this process was started with, whatever has been changed since."""
+    lines = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return dict(os.fsdecode(line).split("=", 1) for line in lines if b"=" in line)
+
+
+class Compiler:
+    """The server's side of the compiler process."""
+
+    def __init__(self, vllm_config: VllmConfig, threads: int):
+        vllm_config = copy.copy(vllm_config)
+        vllm_config.compilation_config = copy.copy(vllm_config.compilation_config)
+        vllm_config.compilation_config.static_forward_context = {}  # layers of the engine, where it is in this process
+        self.vllm_config = pickle.dumps(vllm_config)
+        # Some of what torch reads when it is imported is part of the cache's key.
+        before, settings = environment_at_start(), {k: v for k, v in os.environ.items() if k.startswith(INDUCTOR)}
+        others = {k: v for k, v in os.environ.items() if k not in settings}
+        env = others | {k: v for k, v in before.items() if k.startswith(INDUCTOR)}
+        job = CompileJob(os.getpid(), threads, settings)
+        command = [sys.executable, __file__, COMPILER_COMMAND, json.dumps(asdict(job))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, process_group=0, env=env, **pipes)
+
+    def run(self, seconds: float) -> str | None:
+        """Wait for its end, `seconds` at most. Returns None, or why there is nothing to be loaded."""
+        try:
+            _, stderr = self.process.communicate(self.vllm_config, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"compiling has not ended within {seconds:g} s (--compile-timeout)"
+        finally:
+            self.end()
+        if self.process.returncode == 0:
+            return None
+        words = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["killed"]
+        return f"the compiler process ended with exit status {self.process.returncode}: {words[0]}"
+
+    def end(self) -> None:
+        """With the compilers that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def why_not_compile(vllm_config: VllmConfig) -> str | None:
+    """What keeps the compiler process from being of use."""
+    if envs.VLLM_DISABLE_COMPILE_CACHE or not envs.VLLM_USE_AOT_COMPILE:
+        return "vLLM's cache of compiled graphs is switched off, by VLLM_DISABLE_COMPILE_CACHE or VLLM_USE_AOT_COMPILE"
+    if vllm_config.compilation_config.backend == "eager":
+        return "of the backend `eager` vLLM keeps nothing in its cache"
+    free = psutil.virtual_memory().available
+    if free < COMPILER_BYTES:
+        return f"compiling needs {COMPILER_BYTES / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    return None
+
 
 # ---- worker verbs: what the controller calls (worker) -----------------------------------------------
 
@@ -2883,6 +3218,21 @@ class WorkerExtension:
         """Let go of what the way back would have needed: every worker serves `stage`."""
         self.model_runner.get_model().binding.settle(stage)
 
+    def progressive_compiled(self) -> dict:
+        """Whether vLLM's cache has what is to be compiled of the model, and how many threads this worker uses."""
+        artifacts = self.model_runner.get_model().later_compilation.artifacts()
+        return {"cached": all(path.is_file() for path in artifacts), "threads": torch.get_num_threads()}
+
+    def progressive_compile(self) -> str | None:
+        """Compute with what has been compiled. Call between two steps only. Returns None, or what went wrong."""
+        model = self.model_runner.get_model()
+        try:
+            model.binding.remove_gates()
+            model.later_compilation.begin(self.model_runner)
+        except Exception as error:
+            logger.exception("the model stays eager")
+            return repr(error)
+
 
 # ---- controller: when a stage is switched (server) --------------------------------------------------
 
@@ -2903,6 +3253,7 @@ class Controller:
         self.engine, self.serving = engine, ServingPlan.of(engine.vllm_config)
         self.journal = Journal(self.serving.journal)
         self.progress = Progress(read_plan(engine.vllm_config.model_config.model), serving=self.serving)
+        self.progress.optimized = "compiled" if graph_is_fixed(engine.vllm_config) else "eager"
         self.decided = asyncio.Event()  # a first stage is active, or there will be none
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
@@ -2953,6 +3304,8 @@ class Controller:
             logger.error("staying at stage %d: %s", stage, self.progress.error)
         if not stage:
             os.kill(os.getpid(), signal.SIGTERM)
+        elif stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config):
+            await self.optimize()
 
     async def transition(self, stage: int) -> None:
         """Pause between two steps, clear every cached K and V, open the gates, resume.
@@ -2978,6 +3331,44 @@ class Controller:
         self.journal.mark("active", stage=stage, **fields)
         self.update()
         logger.info("stage %d of %d is active", stage, self.progress.plan.num_stages)
+
+    async def optimize(self) -> None:
+        """After the last stage: take what vLLM was to compile from its cache, which is filled first, behind the tokens.
+
+        Requests go on eagerly meanwhile; those that run when the compiled model takes over are recomputed by it.
+        """
+        try:
+            (worker,) = await self.engine.collective_rpc("progressive_compiled")
+            reason = None if worker["cached"] else await self.compile(worker["threads"])
+            if not reason:
+                began = time.monotonic()
+                async with self.switching:
+                    await self.engine.pause_generation(mode="keep", clear_cache=True)
+                    (reason,) = await self.engine.collective_rpc("progressive_compile")
+                    await self.engine.resume_generation()
+                pause = round(time.monotonic() - began, 4)
+        except Exception as error:
+            logger.exception("compiling failed")
+            reason = repr(error)
+        if reason:
+            logger.warning("the model stays eager: %s", reason)
+            self.journal.mark("not compiled", reason=reason)
+        else:
+            logger.info("the model is compiled")
+            self.journal.mark("compiled", pause=pause)
+        self.update()
+
+    async def compile(self, threads: int) -> str | None:
+        """Have vLLM's cache filled. Returns None, or why it could not be."""
+        if reason := why_not_compile(self.engine.vllm_config):
+            return reason
+        self.journal.mark("compiling")
+        self.update()
+        compiler = Compiler(self.engine.vllm_config, threads)
+        try:
+            return await asyncio.to_thread(compiler.run, self.serving.compile_timeout)
+        finally:
+            compiler.end()
 
 
 # ---- HTTP: GET /progress and the stage header (server) ----------------------------------------------
@@ -3064,6 +3455,18 @@ def refuse_unsupported(options: dict) -> None:
         raise UsageError(f"{option} cannot be combined with staged loading; leave it out, or use the stock server")
 
 
+def choose_compile_later(wanted: bool | None, options: dict) -> bool:
+    """Whether vLLM compiles after the last stage. None: on a CPU, where it shall compile. Raises UsageError."""
+    ranks = options.get("tensor_parallel_size") or 1
+    possible = current_platform.is_cpu() and ranks == 1
+    if wanted and options.get("enforce_eager"):
+        raise UsageError("--optimize-later compiles in the end, and --enforce-eager never: give one of them")
+    if wanted and not possible:
+        where = f"--tensor-parallel-size {ranks}" if current_platform.is_cpu() else current_platform.device_name
+        raise UsageError(f"--optimize-later is not there yet for {where}: leave it out, and vLLM compiles at the start")
+    return not options.get("enforce_eager") and (possible if wanted is None else wanted)
+
+
 def engine_options(launch: Launch, options: dict) -> dict:
     """The engine arguments through which vLLM finds this file, also in the processes that it starts.
 
@@ -3074,7 +3477,7 @@ def engine_options(launch: Launch, options: dict) -> dict:
     if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(STALLED_SECONDS))
-    unsaid = {}
+    gated, unsaid = launch.plan.absent_layers(1), {}
     if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
         unsaid["kv_cache_memory_bytes"] = kv_cache
     return unsaid | {
@@ -3083,34 +3486,32 @@ def engine_options(launch: Launch, options: dict) -> dict:
         "model_loader_extra_config": asdict(launch.serving),
         "worker_extension_cls": f"{MODULE}.WorkerExtension",
         # Part of vLLM's compilation cache key: a graph with gates must not be mistaken for one without.
-        "additional_config": {"progressive_gates": gated} if (gated := launch.plan.absent_layers(1)) else {},
+        "additional_config": {"progressive_gates": gated} if gated and not launch.serving.compile_later else {},
     }
 
 
-def server_args(launch: Launch, checkpoint: str, argv: list[str]) -> argparse.Namespace:
-    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported.
-
-    checkpoint: as the user has called it, which becomes the name of the model.
-    """
+def server_args(launch: Launch, ours: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
+    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_args, _ = vllm_server()
     parser = cli_args.make_arg_parser(FlexibleArgumentParser(prog=NAME))
-    defaults = {name: parser.get_default(name) for name in ("enforce_eager", "gpu_memory_utilization")}
-    if current_platform.is_cpu():
-        defaults["enforce_eager"] = True  # compiling takes vLLM a minute there; --no-enforce-eager asks for it
-    parser.set_defaults(**dict.fromkeys(defaults))  # None: nobody has said, on the command line or in --config
+    gpu_memory_utilization = parser.get_default("gpu_memory_utilization")
+    parser.set_defaults(enforce_eager=None, gpu_memory_utilization=None)  # None: nobody has said, here or in --config
     args = parser.parse_args(argv)
     set_log_level(args)
     cli_args.validate_parsed_serve_args(args)
     refuse_unsupported(vars(args))
+    if args.enforce_eager is None:  # compiling takes vLLM a minute on a CPU; --no-enforce-eager asks for it
+        args.enforce_eager = current_platform.is_cpu() and not ours.compile_later
+    later = choose_compile_later(ours.compile_later, vars(args))
+    launch.serving = replace(launch.serving, compile_later=later, compile_timeout=ours.compile_timeout)
     for name, value in engine_options(launch, vars(args)).items():
         setattr(args, name, value)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.gpu_memory_utilization is None:
+        args.gpu_memory_utilization = gpu_memory_utilization
     if not args.served_model_name:
-        args.served_model_name = [checkpoint]  # not the folder that a remote one was fetched to
+        args.served_model_name = [ours.checkpoint]  # not the folder that a remote one was fetched to
     args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]
     if current_platform.is_cpu():
         fork_workers()
@@ -3167,6 +3568,22 @@ class StageControl:
         self.llm.collective_rpc("progressive_settle", args=(stage,))
         return self.stage
 
+    def optimize(self, timeout: float = COMPILE_SECONDS) -> None:
+        """After the last stage, of an LLM made with compile_later: compute with what vLLM compiles, from here on.
+
+        timeout: seconds that compiling may take. Raises RuntimeError where that fails, and the model stays eager.
+        """
+        (worker,), config = self.llm.collective_rpc("progressive_compiled"), self.llm.llm_engine.vllm_config
+        reason = None
+        if not worker["cached"]:
+            reason = why_not_compile(config) or Compiler(config, worker["threads"]).run(timeout)
+        if not reason:
+            pause_engine(self.llm)
+            (reason,) = self.llm.collective_rpc("progressive_compile")
+            resume_engine(self.llm)
+        if reason:
+            raise RuntimeError(reason)
+
     def wait_for(self, stage: int) -> None:
         """Wait until `stage` is bound. Raises RuntimeError when loading has failed, EngineDeadError when vLLM has."""
         while self.followed.bound_stage() < stage:
@@ -3186,19 +3603,21 @@ def load_llm(
     hold_stage: int | None = None,
     start_stage: int | None = None,
     adapters: bool = True,
+    compile_later: bool = False,
     **engine_args,
 ):
     """A ready `vllm.LLM` on a progressive checkpoint; `llm.stages` is its StageControl.
 
     checkpoint: folder made by prune_and_split.py. hold_stage: the last stage to load (default: all). start_stage: do
     not begin above this stage, even when more is resident (default: the most complete one that is). adapters: whether
-    to merge the stages' adapters. engine_args: any argument of `vllm.LLM`. Raises UsageError for a bad checkpoint or
-    stage.
+    to merge the stages' adapters. compile_later: run eagerly until llm.stages.optimize(). engine_args: any argument of
+    `vllm.LLM`. Raises UsageError for a bad checkpoint or stage.
     """
     refuse_unsupported(engine_args)
     stages = {"start_stage": start_stage, "hold_stage": hold_stage}
     launch = start_reading(checkpoint, **stages, adapters=adapters, start=time.monotonic())
     try:
+        launch.serving = replace(launch.serving, compile_later=choose_compile_later(compile_later, engine_args))
         llm = vllm.LLM(**{**engine_args, **engine_options(launch, engine_args)})
         weakref.finalize(llm, launch.close)
         llm.stages = StageControl(llm, launch)
@@ -3232,7 +3651,7 @@ def main(early: EarlyStart) -> int:
     launch = early.launch
     launch.on_failure = functools.partial(end_after_failure, launch)
     try:
-        args = server_args(launch, early.args.checkpoint, early.vllm_argv)
+        args = server_args(launch, early.args, early.vllm_argv)
         os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
         uvloop.run(serve(args))
@@ -3257,4 +3676,4 @@ def main(early: EarlyStart) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EARLY))
+    sys.exit(main(EARLY) if EARLY else run_compiler(CompileJob(**json.loads(sys.argv[2]))))
