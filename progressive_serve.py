@@ -2948,7 +2948,8 @@ class LaterCompilation:
     """
 
     def __init__(self, vllm_config: VllmConfig):
-        self.vllm_config = vllm_config
+        self.vllm_config = copy.copy(vllm_config)
+        self.vllm_config.cache_config = copy.copy(vllm_config.cache_config)  # as it is when a stock server compiles
         self.operators: list[tuple[CustomOp, bool, Callable]] = []  # its compile_native, and what it is while eager
         self.modules: list[tuple[nn.Module, dict]] = []  # that vLLM compiles, and how
 
@@ -2975,6 +2976,13 @@ class LaterCompilation:
             yield
         for module, _ in self.modules:
             module.do_not_compile = True
+
+    def config(self) -> bytes:
+        """vLLM's configuration for the compiler process, pickled, without the layers that vLLM has entered there."""
+        config = copy.copy(self.vllm_config)
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.static_forward_context = {}
+        return pickle.dumps(config)
 
     def artifacts(self) -> list[Path]:
         """Where vLLM keeps what it has compiled of each module: see support_torch_compile, __call__ (vLLM 0.32)."""
@@ -3151,11 +3159,8 @@ def environment_at_start() -> dict[str, str]:
 class Compiler:
     """The server's side of the compiler process."""
 
-    def __init__(self, vllm_config: VllmConfig, threads: int):
-        vllm_config = copy.copy(vllm_config)
-        vllm_config.compilation_config = copy.copy(vllm_config.compilation_config)
-        vllm_config.compilation_config.static_forward_context = {}  # layers of the engine, where it is in this process
-        self.vllm_config = pickle.dumps(vllm_config)
+    def __init__(self, config: bytes, threads: int):
+        self.config = config
         # Some of what torch reads when it is imported is part of the cache's key.
         before, settings = environment_at_start(), {k: v for k, v in os.environ.items() if k.startswith(INDUCTOR)}
         others = {k: v for k, v in os.environ.items() if k not in settings}
@@ -3168,7 +3173,7 @@ class Compiler:
     def run(self, seconds: float) -> str | None:
         """Wait for its end, `seconds` at most. Returns None, or why there is nothing to be loaded."""
         try:
-            _, stderr = self.process.communicate(self.vllm_config, timeout=seconds)
+            _, stderr = self.process.communicate(self.config, timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"compiling has not ended within {seconds:g} s (--compile-timeout)"
         finally:
@@ -3218,10 +3223,12 @@ class WorkerExtension:
         """Let go of what the way back would have needed: every worker serves `stage`."""
         self.model_runner.get_model().binding.settle(stage)
 
-    def progressive_compiled(self) -> dict:
-        """Whether vLLM's cache has what is to be compiled of the model, and how many threads this worker uses."""
-        artifacts = self.model_runner.get_model().later_compilation.artifacts()
-        return {"cached": all(path.is_file() for path in artifacts), "threads": torch.get_num_threads()}
+    def progressive_compiled(self) -> dict | None:
+        """What the compiler process needs; None where vLLM's cache has all that is to be compiled of the model."""
+        later = self.model_runner.get_model().later_compilation
+        if all(path.is_file() for path in later.artifacts()):
+            return None
+        return {"config": later.config(), "threads": torch.get_num_threads()}
 
     def progressive_compile(self) -> str | None:
         """Compute with what has been compiled. Call between two steps only. Returns None, or what went wrong."""
@@ -3338,8 +3345,8 @@ class Controller:
         Requests go on eagerly meanwhile; those that run when the compiled model takes over are recomputed by it.
         """
         try:
-            (worker,) = await self.engine.collective_rpc("progressive_compiled")
-            reason = None if worker["cached"] else await self.compile(worker["threads"])
+            (missing,) = await self.engine.collective_rpc("progressive_compiled")
+            reason = await self.compile(**missing) if missing else None
             if not reason:
                 began = time.monotonic()
                 async with self.switching:
@@ -3358,13 +3365,13 @@ class Controller:
             self.journal.mark("compiled", pause=pause)
         self.update()
 
-    async def compile(self, threads: int) -> str | None:
+    async def compile(self, config: bytes, threads: int) -> str | None:
         """Have vLLM's cache filled. Returns None, or why it could not be."""
         if reason := why_not_compile(self.engine.vllm_config):
             return reason
         self.journal.mark("compiling")
         self.update()
-        compiler = Compiler(self.engine.vllm_config, threads)
+        compiler = Compiler(config, threads)
         try:
             return await asyncio.to_thread(compiler.run, self.serving.compile_timeout)
         finally:
@@ -3573,10 +3580,9 @@ class StageControl:
 
         timeout: seconds that compiling may take. Raises RuntimeError where that fails, and the model stays eager.
         """
-        (worker,), config = self.llm.collective_rpc("progressive_compiled"), self.llm.llm_engine.vllm_config
-        reason = None
-        if not worker["cached"]:
-            reason = why_not_compile(config) or Compiler(config, worker["threads"]).run(timeout)
+        (missing,), reason = self.llm.collective_rpc("progressive_compiled"), None
+        if missing:
+            reason = why_not_compile(self.llm.llm_engine.vllm_config) or Compiler(**missing).run(timeout)
         if not reason:
             pause_engine(self.llm)
             (reason,) = self.llm.collective_rpc("progressive_compile")
