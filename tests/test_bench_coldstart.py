@@ -227,7 +227,7 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     log_path = tmp_path / "logs" / "server.log"
     log_path.parent.mkdir()
     args = SimpleNamespace(checkpoint=log_path.parent, unverified_cold=False, ray=False)
-    with bench_coldstart.trial_server(command, args.checkpoint, args, False, log_path) as server:
+    with bench_coldstart.trial_server(command, args.checkpoint, args, False, log_path, {**os.environ}) as server:
         while len(server.lines) < 1 or server.peak_pss < 50_000_000:
             assert server.process.poll() is None
             time.sleep(0.05)
@@ -322,7 +322,9 @@ def test_server_of_a_ray_actor_sees_the_gpu_that_ray_gave_it(tmp_path, short_tmp
     script = "import os; print(*map(os.environ.get, ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')))"
     log_path, args = tmp_path / "server.log", SimpleNamespace(checkpoint=tmp_path, unverified_cold=False, ray=True)
     with bench_coldstart.ray_cluster():
-        with bench_coldstart.trial_server([sys.executable, "-c", script], tmp_path, args, False, log_path) as server:
+        with bench_coldstart.trial_server(
+            [sys.executable, "-c", script], tmp_path, args, False, log_path, {**os.environ}
+        ) as server:
             while server.process.poll() is None:
                 time.sleep(0.05)
         assert [line for _, line in server.lines] == ["4 3\n"]

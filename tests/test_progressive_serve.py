@@ -244,6 +244,24 @@ def test_no_transition_changes_the_graph(split_tiny, tmp_path):
     assert tokens(found["stage1"]) != tokens(found["stage2"]) != tokens(found["stock"])
 
 
+# ---- compiled after the last stage -----------------------------------------------------------------
+
+
+def test_compiled_later_equals_stock(split_tiny, tmp_path):
+    """By a process that has had none of the weights: nothing of them may be baked into what it has compiled."""
+    prompts = [f"Question number {number}: why?" for number in range(8)]
+    env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}
+    found = run_probe(tmp_path, "later", split_tiny, prompts=prompts, **env)
+    assert found["stage3"] == found["stock_eager"] != found["stage1"]  # with eager's own operators
+    assert found["compiled"] == found["from_cache"] == found["stock"] != found["stock_eager"]
+    assert "within 0.5 s" in found["late"]
+    assert "no-such-compiler" in found["no_gcc"] or "compiler" in found["no_gcc"]
+    assert found["after_failures"] == found["stage3"]  # it stays eager
+    assert found["left"] == []
+    assert "stats.unique_graphs" not in found["compilations"]  # nothing was traced in the engine
+    assert set(found["model"]) == {"LlamaDecoderLayer"}  # no gate is left
+
+
 # ---- over HTTP -------------------------------------------------------------------------------------
 
 

@@ -1439,11 +1439,14 @@ def test_options_that_move_the_weights_are_refused(option, value):
         progressive_serve.refuse_unsupported({**vars(vllm.EngineArgs()), option: value})
 
 
-EAGER = {
-    "nobody says": ([], None, True),
-    "with hyphens": (["--no-enforce-eager"], None, False),
-    "with underscores": (["--no_enforce_eager"], None, False),
-    "in a file": ([], "enforce-eager: false", False),
+EAGER = {  # arguments, --config, whether the end is eager, whether what is compiled is so after the last stage
+    "nobody says": ([], None, True, False),
+    "with hyphens": (["--no-enforce-eager"], None, False, True),
+    "with underscores": (["--no_enforce_eager"], None, False, True),
+    "in a file": ([], "enforce-eager: false", False, True),
+    "later": (["--optimize-later"], None, False, True),
+    "at the start": (["--no-enforce-eager", "--no-optimize-later"], None, False, False),
+    "by several workers": (["--no-enforce-eager", "--tensor-parallel-size", "2"], None, False, False),
 }
 
 
@@ -1451,7 +1454,7 @@ EAGER = {
 def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
     import progressive_serve
 
-    argv, config, expected = EAGER[case]
+    argv, config, eager, later = EAGER[case]
     if config:
         (tmp_path / "config.yaml").write_text(config)
         argv = ["--config", str(tmp_path / "config.yaml")]
@@ -1459,10 +1462,13 @@ def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
     monkeypatch.delenv(TIMEOUT, raising=False)
     launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
     try:
-        args = progressive_serve.server_args(launch, "name", argv)
+        args = progressive_serve.server_args(launch, *progressive_serve.parse_args([str(split_tiny), *argv]))
     finally:
         launch.close()
-    assert args.enforce_eager is expected
+    assert (args.enforce_eager, launch.serving.compile_later) == (eager, later)
+    assert args.model_loader_extra_config["compile_later"] is later
+    has_gates_in_a_graph = not eager and not later
+    assert bool(args.additional_config) is (has_gates_in_a_graph or eager)
     assert args.gpu_memory_utilization == vllm.EngineArgs.gpu_memory_utilization
     assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
 
@@ -1473,6 +1479,9 @@ def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
         (["--no-such-option"], "--no-such-option"),
         (["--load-format", "dummy"], "--load-format"),
         (["--additional-config", '{"a": 1}'], "--additional-config"),
+        (["--optimize-later", "--enforce-eager"], "--enforce-eager"),
+        (["--optimize-later", "--tensor-parallel-size", "2"], "--tensor-parallel-size 2"),
+        (["--compile-timeout", "0"], "--compile-timeout"),
     ],
 )
 def test_bad_options_of_vllm(argv, named, split_tiny, capsys):
@@ -1481,7 +1490,7 @@ def test_bad_options_of_vllm(argv, named, split_tiny, capsys):
 
     launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
     try:
-        progressive_serve.server_args(launch, "name", argv)
+        progressive_serve.server_args(launch, *progressive_serve.parse_args([str(split_tiny), *argv]))
     except progressive_serve.UsageError as error:
         assert named in str(error)
     except SystemExit as end:  # vLLM's own parser
