@@ -1775,6 +1775,10 @@ def is_built_for_cpu() -> bool:
 # ---- command line (server, before torch) ------------------------------------------------------------
 
 
+def say(text: str) -> None:
+    print(f"{NAME}: {text}", file=sys.stderr, flush=True)
+
+
 def percentage(text: str) -> float:
     """5 of "5" or "5%"."""
     try:
@@ -1857,10 +1861,6 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 # ---- from standby: have a server started by who has imported everything already (caller) ------------
-
-
-def say(text: str) -> None:
-    print(f"{NAME}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -1958,7 +1958,7 @@ def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) ->
         except OSError as error:
             answer = {"refused": f"does not answer ({error})"}
     if "status" not in answer:
-        reason = answer.get("refused", "or what it had started for this server has ended before the server")
+        reason = answer.get("refused", "has lost this server, which has ended with the process that waited for its end")
         raise UsageError(f"the standby at {path} {reason}\nleave --from-standby out to start without it")
     if answer["status"] < 0:
         number = -answer["status"]
@@ -2015,7 +2015,7 @@ def start_early(argv: list[str], start: float) -> EarlyStart:
     try:
         launch = start_reading(**reading, start=start)
     except UsageError as error:
-        print(f"{NAME}: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     end_on_signals(launch)
     launch.on_failure = functools.partial(end_before_ready, launch)
@@ -2122,7 +2122,7 @@ def end_before_ready(launch: Launch | None, failure: str | None = None, number: 
     the event loop might catch.
     """
     if failure:
-        print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
+        say(f"error: {failure}")
     if launch:
         launch.close()
     os._exit(128 + number if number else 2)
@@ -3481,7 +3481,7 @@ READ_EARLY = {
     "libraries of threads": r"(OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|NUMEXPR)_.*",
     "torch": r"(PY)?TORCH.*|(AOT_?)?INDUCTOR_.*|TRITON_.*|KINETO_.*|CUDA_(HOME|PATH)|CUDNN_.*|CUTLASS_.*",
     "the Hub's library and transformers": r"HF_(?!TOKEN$).*|HUGGINGFACE_.*|TRANSFORMERS_.*|USE_(HUB|TORCH)_.*",
-    "whatever keeps a cache or settings": r"HOME|XDG_.*",
+    "whatever keeps a cache or settings": r"HOME|XDG_(CACHE|CONFIG|DATA)_HOME",
     "vLLM": r"VLLM_(?!CPU_|EXECUTE_MODEL_TIMEOUT_SECONDS$|CACHE_ROOT$|API_KEY$|HOST_IP$|PORT$|RPC_|HTTP_TIMEOUT_"
     r"|NO_USAGE_STATS$|DO_NOT_TRACK$).*",
     "other libraries": r"(NPY|NUMPY|OTEL|GRPC|LOGURU|PYDANTIC|PROTOCOL_BUFFERS|TVM_FFI|WEBSOCKETS|UVLOOP)_.*"
@@ -3575,7 +3575,7 @@ def supervise(standby: Standby, connection: socket.socket) -> EarlyStart:
     except UsageError as error:
         tell(connection, refused=str(error))
         os._exit(0)
-    except OSError:  # the caller has ended, or sends nothing
+    except OSError:  # it has ended, or has only looked whether there is a standby
         os._exit(0)
     supervisor = os.getpid()
     if server := os.fork():
@@ -3588,7 +3588,7 @@ def supervise(standby: Standby, connection: socket.socket) -> EarlyStart:
 
 
 def admit(standby: Standby, connection: socket.socket) -> Caller:
-    """Hear who calls, and become like it. Raises UsageError where that cannot be, OSError where it has ended."""
+    """Hear who calls, and become like it. Raises UsageError where that cannot be, OSError where nobody calls."""
     connection.settimeout(STANDBY_SECONDS)
     size, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_SIZE, 4, socket.MSG_CMSG_CLOEXEC)
     with connection.makefile("rb") as incoming:
@@ -3613,12 +3613,10 @@ def check_environment(ours: dict[str, str], theirs: dict[str, str], changed: dic
     """Raises UsageError for variables that it is too late for. changed: what the imports themselves have set."""
     differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     readers = {"its own imports": "|".join(map(re.escape, changed)), **READ_EARLY}
-    late = []
-    for reader, pattern in readers.items():
-        late += [f"{name} (for {reader})" for name in differing if re.fullmatch(pattern, name)]
-    if late:
-        # By name, without the values: these may be secrets.
-        raise UsageError(f"was started with another {', '.join(late)}: set it as there, or start a standby with it")
+    late = {name: reader for reader, pattern in readers.items() for name in differing if re.fullmatch(pattern, name)}
+    if late:  # without their values, which may be secrets
+        names = ", ".join(f"{name} (for {reader})" for name, reader in late.items())
+        raise UsageError(f"was started with another {names}: set it as there, or start a standby with it")
 
 
 def take_over(caller: Caller, descriptors: list[int]) -> None:
@@ -3737,7 +3735,7 @@ def main(early: EarlyStart) -> int:
     finally:
         launch.close()
         gc.unfreeze()  # else nanobind takes what is still frozen for leaks, and says so
-    print(f"{NAME}: error: {failure}", file=sys.stderr)
+    say(f"error: {failure}")
     return 2
 
 

@@ -196,6 +196,32 @@ def test_process_is_the_callers(standby, start, split_tiny, tmp_path):
     assert reader.rlimit(resource.RLIMIT_NOFILE)[1] == 4000
 
 
+@pytest.fixture
+def control_group():
+    """One that a caller can be in."""
+    roots = (Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup"))
+    group = next((root for root in roots if os.access(root / "cgroup.procs", os.W_OK)), None)
+    if not group:
+        pytest.skip("only root can make a control group")
+    group /= f"standby-{os.getpid()}"
+    group.mkdir()
+    yield group
+    wait_for(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def test_control_group_is_the_callers(standby, control_group, start, split_tiny):
+    """Limits of it, such as bench_coldstart.py's on storage, hold for the server."""
+
+    def enter() -> None:
+        (control_group / "cgroup.procs").write_text(str(os.getpid()))
+
+    start(Server, split_tiny, standby=standby, preexec_fn=enter)
+    (server,) = wait_for(standby.servers)
+    assert control_group.name in Path(f"/proc/{server.pid}/cgroup").read_text()
+    assert control_group.name not in Path(f"/proc/{standby.process.pid}/cgroup").read_text()
+
+
 def test_bad_checkpoint(standby, split_tiny, tmp_path):
     broken = Path(shutil.copytree(split_tiny, tmp_path / "broken"))
     (broken / "model-stage2.safetensors").unlink()
@@ -260,7 +286,7 @@ def test_server_ends_with_its_supervisor(standby, start, split_tiny):
     (server,) = wait_for(standby.servers)
     server.parent().kill()
     assert caller.process.wait(30) == 2
-    assert "has ended before the server" in caller.log.read_text()
+    assert "has lost this server" in caller.log.read_text()
     psutil.wait_procs([server], timeout=10)
     assert not server.is_running()
 
