@@ -1865,11 +1865,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Caller:
-    """What the process of a caller is, and the server shall be. Travels as JSON, with the descriptors of the standard
-    streams and of the working folder.
+    """What the process of a caller is, and its server shall be.
 
-    Not taken over are other open files, ignored and blocked signals, the controlling terminal (Ctrl-Z stops the caller
-    alone), groups of users, capabilities, and namespaces.
+    Travels as JSON, with the descriptors of the standard streams and of the working folder. Not taken over are other
+    open files, ignored and blocked signals, the controlling terminal (Ctrl-Z stops the caller alone), groups of users,
+    capabilities, and namespaces.
     """
 
     identity: dict[str, str]
@@ -1942,8 +1942,9 @@ def connect_to_standby(path: str) -> socket.socket | None:
 
 
 def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) -> int:
-    """Be a server that the standby has started, to whoever has started this process: returns its exit status, or dies
-    of the signal that it has died of. Signals are its to handle. Raises UsageError.
+    """Have the standby start a server, and be it to whoever has started this process. Raises UsageError.
+
+    Signals are passed on. Returns the server's exit status, or dies of the signal that it has died of.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server
     with connection, connection.makefile("rb") as answers:
@@ -1982,7 +1983,7 @@ def forward_signals(connection: socket.socket) -> None:
             signal.signal(number, forward)
 
 
-# ---- early start: storage works while the rest of this file is being imported (server, reader) ------
+# ---- early start: storage works while the rest of this file is imported (server, standby, reader) ---
 
 
 @dataclass
@@ -2033,8 +2034,10 @@ def after_imports(early: EarlyStart) -> None:
 
 
 class Standby:
-    """Waits at a socket, which is there from before the imports on: a caller that comes meanwhile waits for the rest of
-    them, and a second standby finds that there is one.
+    """The socket at which a standby waits, and what the standby was before its imports.
+
+    It is there from before these on: a caller that comes meanwhile waits for the rest of them, which takes no longer
+    than its own, and a second standby finds that there is one.
     """
 
     def __init__(self, path: str):
@@ -2133,7 +2136,7 @@ if __name__ == "__main__":
         sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
     STANDBY, EARLY = begin(sys.argv[1:])
 
-# ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
+# ---- heavy imports: five seconds (server, standby, worker) ------------------------------------------
 
 import torch
 import vllm
@@ -3450,7 +3453,7 @@ def load_llm(
     return llm
 
 
-# ---- standby: a process that has imported everything forks servers (standby, supervisor) ------------
+# ---- standby: a process that has imported everything forks servers (standby, supervisor, server) ----
 
 # What a server imports later than this file does, in one of its processes or another; some is of one release of vLLM.
 LATE_IMPORTS = (
