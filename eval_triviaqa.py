@@ -657,8 +657,10 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
             raise UsageError(f"--stages: there is no stage {number}; {args.checkpoint} has stages 1 to {last}")
         share = round(sum(size for _, size in stages[:number]) / total, 4)
         row = Row(Setting(number, None, model), stages[number - 1][0], share, is_full=number == last)
-        rows.append(row)
-        if not args.no_adapters and (adapter := adapter_checksum(args.checkpoint, number)):
+        adapter = None if args.no_adapters else adapter_checksum(args.checkpoint, number)
+        if not (adapter and args.only_adapters):
+            rows.append(row)
+        if adapter:
             with_adapter = replace(row.setting, adapter=adapter)
             rows.append(Row(with_adapter, row.kind, share, adapter_data(args.checkpoint, number, adapter)))
     return rows
@@ -1275,6 +1277,7 @@ def parse_args() -> argparse.Namespace:
     add("checkpoint", metavar="CKPT", nargs="?", type=Path, help=f"progressive checkpoint (default: {DEMO_CHECKPOINT})")
     add("--stages", type=stage_list, metavar="K,K", help="default: all; with --base-url, the one that it has to be at")
     add("--no-adapters", action="store_true", help="only the stages as they are")
+    add("--only-adapters", action="store_true", help="a stage that has an adapter only with it")
     add("--server-args", metavar="ARGS", default="", help="options for progressive_serve.py and vLLM")
 
     add = parser.add_argument_group("in place of CKPT").add_argument

@@ -404,6 +404,8 @@ def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
         assert reading.launch.serving.adapters == (1,)
         for file in reading.plan.files:
             assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
+        if options:
+            assert reading.launch.reader.wait(30) == 0  # the copies are written
         reading.launch.close()
         reading.launch.reader.wait(30)
     (cached,) = (tmp_path / "cache").iterdir()
