@@ -20,6 +20,7 @@ Commands:
     python progressive_serve.py demo/smollm2-planes --max-loss 1%       # ... by none that loses more perplexity
     python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
     python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
+    python progressive_serve.py demo/checkpoint --optimize-later        # answer eagerly, compile after the last stage
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
     python progressive_serve.py --standby /run/standby                  # import everything, hold no model, and wait
     python progressive_serve.py demo/checkpoint --from-standby /run/standby    # a server that need not import anything
@@ -43,8 +44,9 @@ them; of planes a decoder process makes tensors there, ahead of the workers; a m
 register_model_loader) leaves the model empty and binds each stage in the background, into parameters that never move; a
 LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
 anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
-controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. A standby has
-imported everything, and forks servers for callers, who cannot tell them from servers of their own.
+controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. What vLLM is to
+compile, a compiler process puts into vLLM's cache after the last stage, and the workers load it between two steps. A
+standby has imported everything, and forks servers for callers, who cannot tell them from servers of their own.
 """
 
 import argparse
@@ -2297,6 +2299,8 @@ class GateMixin:
 
 def is_compiled_later(vllm_config: VllmConfig) -> bool:
     """Whether the model runs in Python until the last stage is active, and is compiled then; see LaterCompilation."""
+    if vllm_config.load_config.load_format != LOAD_FORMAT:  # of another engine in this process, or the compiler's
+        return False
     by_vllm = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
     return ServingPlan.of(vllm_config).compile_later and vllm_config.compilation_config.mode in by_vllm
 

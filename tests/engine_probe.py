@@ -300,9 +300,10 @@ def probe_later(checkpoint: str, prompts: list[str]) -> dict:
     found["late"] = failure_of(llm.stages.optimize, 0.5)
     with mock.patch.dict(os.environ, {"CXX": "no-such-compiler"}):
         found["no_gcc"] = failure_of(llm.stages.optimize)
-    found["after_failures"], found["left"] = ask(llm, prompts), compilers()
+    found["after_failures"], found["left"], found["compilations"] = ask(llm, prompts), compilers(), [compilations()]
     llm.stages.optimize()
-    found["compiled"], found["compilations"] = ask(llm, prompts), compilations()
+    found["compiled"] = ask(llm, prompts)
+    found["compilations"].append(compilations())
     found["model"] = llm.apply_model(lambda model: [type(layer).__name__ for layer in model.model.layers])[0]
     close(llm)
 

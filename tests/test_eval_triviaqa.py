@@ -552,6 +552,8 @@ def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, 
     served, checksum = [eval_triviaqa.summarize(row, task, None) for row in rows], blake3(b"second").hexdigest()
     assert [row["adapter_blake3"] for row in served] == [None, checksum]
     assert [row["adapter_data"] for row in served] == [None, checksum[:8]]  # nothing says what it was trained on
+    args.only_adapters = True
+    assert [row.setting.adapter for row in eval_triviaqa.read_rows(args)] == [checksum]
 
 
 # ---- quality against bytes --------------------------------------------------------------------------

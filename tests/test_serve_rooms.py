@@ -1288,8 +1288,11 @@ os._exit(0)
 def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
     """What the controller reads of vLLM's configuration."""
     return SimpleNamespace(
-        load_config=SimpleNamespace(model_loader_extra_config=asdict(serving_plan(journal, **stages))),
+        load_config=SimpleNamespace(
+            load_format="progressive", model_loader_extra_config=asdict(serving_plan(journal, **stages))
+        ),
         model_config=SimpleNamespace(model=checkpoint),
+        compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
     )
 
 
