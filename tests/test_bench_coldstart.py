@@ -219,6 +219,52 @@ def test_servers_side_by_side_take_turns(split_tiny, tmp_path):
     assert "/before" in done.stdout and f"{pairs['ratio']:.3f} (95 % from {pairs['low']:.3f}" in done.stdout
 
 
+def test_from_a_standby(split_tiny, tmp_path):
+    """A mode like any other; its memory is that of the standby and of its servers."""
+    done = run_script(
+        BENCH,
+        "--mode",
+        "progressive,standby",
+        "--checkpoint",
+        split_tiny,
+        "--trials",
+        "1",
+        "--json",
+        tmp_path / "r.json",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "r.json").read_text())
+    by_itself, from_standby = result["trials"]
+    assert "--from-standby" in from_standby["command"] and "--from-standby" not in by_itself["command"]
+    assert by_itself["answer"] == from_standby["answer"]
+    assert from_standby["peak_pss"] > result["standby_pss"] > 0
+    point = next(point for point in result["summary"] if point["mode"] == "standby")
+    assert point["ttft_over_progressive"] == from_standby["ttft"] / by_itself["ttft"]
+    assert str(tmp_path) not in json.dumps(result["arguments"] | {"json": ""})
+
+
+def test_compile_cache_is_what_the_run_asks_for(tmp_path):
+    args = SimpleNamespace(work=tmp_path, compile_cache="cold")
+    artifact = tmp_path / "cache-baseline/torch_compile_cache/torch_aot_compile/0/rank_0_0/model"
+    artifact.parent.mkdir(parents=True)
+    artifact.touch()
+    bench_coldstart.check_compile_cache(args, "baseline")
+    assert not artifact.exists()
+    args.compile_cache = "warm"
+    with pytest.raises(RuntimeError, match="baseline is cold"):
+        bench_coldstart.check_compile_cache(args, "baseline")
+
+
+def test_mended_stock_can_load_what_it_has_compiled(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(bench_coldstart.MEND)
+    look = "from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as artifact\n"
+    look += "print(hasattr(artifact, 'finalize_loading'))"
+    for path, mended in ((tmp_path, "True"), ("", "False")):
+        env = {**os.environ, "PYTHONPATH": str(path)}
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.strip() == mended
+
+
 def test_output_and_memory_of_a_server_are_recorded(tmp_path):
     """A stand-in for a server: two lines with a pause between them, 50 MB, and a child that outlives it."""
     script = "import subprocess, time; subprocess.Popen(['sleep', '100']); held = b'1' * 50_000_000\n"
@@ -809,6 +855,7 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--checkpoint", "{checkpoint}", "--mode", "before,progressive"], "--before"),
         (["--checkpoint", "{checkpoint}", "--mode", "before", "--before", "/no/such.py"], "/no/such.py"),
         (["--checkpoint", "{checkpoint}", "--before", "bench_coldstart.py"], "--mode before,progressive"),
+        (["--compile-cache", "cold"], "--no-enforce-eager"),
         (["--stretch", "-2"], "--stretch -2"),
         (["--plot", "/no/such.json"], "/no/such.json"),
         (["--checkpoint", "{checkpoint}", "--predict", "{checkpoint}/config.json"], "config.json"),
