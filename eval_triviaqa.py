@@ -1236,7 +1236,7 @@ def draw_quality(rows: list[dict], path: Path) -> None:
         else:
             axes.set(ylim=(0, None), ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(loc="lower left", frameon=False, fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
