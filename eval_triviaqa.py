@@ -1236,7 +1236,8 @@ def draw_quality(rows: list[dict], path: Path) -> None:
         else:
             axes.set(ylim=(0, None), ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series), frameon=False)
+    labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(series), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
