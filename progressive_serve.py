@@ -2223,8 +2223,9 @@ def inductor_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
 
 
-# As torch reads them now, they are part of the key of vLLM's cache; vLLM itself changes them later.
-IMPORTED_WITH = inductor_settings()
+# As torch reads them now, they are part of the key of vLLM's cache. Later vLLM changes them, and then it imports this
+# file once more, by name.
+IMPORTED_WITH = getattr(sys.modules["__main__"], "IMPORTED_WITH", inductor_settings())
 
 import psutil
 import torch
