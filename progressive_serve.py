@@ -51,7 +51,6 @@ standby has imported everything, and forks servers for callers, who cannot tell 
 
 import argparse
 import array
-import asyncio
 import atexit
 import collections
 import concurrent.futures
@@ -87,11 +86,11 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from unittest.mock import patch
 
 # ---- constants (every process) ----------------------------------------------------------------------
 
@@ -2227,11 +2226,15 @@ def inductor_settings() -> dict[str, str]:
 # file once more, by name.
 IMPORTED_WITH = getattr(sys.modules["__main__"], "IMPORTED_WITH", inductor_settings())
 
+import asyncio
+from unittest.mock import patch
+
 import psutil
 import torch
 import vllm
 from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
+from transformers import AutoTokenizer
 from vllm import envs
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
@@ -2241,8 +2244,11 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.params import ChatParams
 from vllm.utils.system_utils import decorate_logs
-from vllm.v1.engine.core_client import InprocClient
+from vllm.v1 import structured_output
+from vllm.v1.engine import async_llm, core_client
 
 if __name__ == "__main__" and EARLY:
     after_imports(EARLY)
@@ -2814,7 +2820,7 @@ def set_log_level(args: argparse.Namespace) -> None:
 def call_engine_core(llm: vllm.LLM, method: str, *args) -> None:
     """Call a method of the engine core, in this process or in its own."""
     client = llm.llm_engine.engine_core
-    if isinstance(client, InprocClient):
+    if isinstance(client, core_client.InprocClient):
         getattr(client.engine_core, method)(*args)
     else:
         client.call_utility(method, *args)
@@ -2832,7 +2838,7 @@ def resume_engine(llm: vllm.LLM) -> None:
 def check_engine(llm: vllm.LLM) -> None:
     """Raises vLLM's EngineDeadError when its process has ended."""
     client = llm.llm_engine.engine_core
-    if not isinstance(client, InprocClient):
+    if not isinstance(client, core_client.InprocClient):
         client.ensure_alive()
 
 
@@ -2865,6 +2871,63 @@ def skip_eager_warm_up() -> None:
             warm_up(runner)
 
     CPUModelRunner.warming_up_model = warm_up_graph
+
+
+# ---- engine: it starts beside the tokenizer (server) ------------------------------------------------
+
+
+class EngineFirst(async_llm.AsyncLLM):
+    """vLLM's client of its engine loads the tokenizer, and starts the engine then; here neither waits for the other.
+
+    The engine is started first, for it is forked, and there must be no other thread then. A thread loads the tokenizer
+    and compiles the chat template, which vLLM's server does last of all, while this one waits for the engine.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, executor_class, log_stats: bool, **options):
+        """As that of AsyncLLM; the engine keeps statistics for custom loggers (a plugin's) as well."""
+        launch, make_renderer = core_client.launch_core_engines, async_llm.renderer_from_config
+        make_client = core_client.EngineCoreClient.make_async_mp_client
+        keep_statistics = log_stats or bool(async_llm.load_stat_logger_plugin_factories())
+        rendering = None
+
+        def render() -> BaseRenderer:
+            renderer = make_renderer(vllm_config)
+            # vLLM looks for a chat template in the model's processor, which is here the tokenizer, loaded once more.
+            with patch.object(AutoTokenizer, "from_pretrained", lambda *_, **__: renderer.tokenizer):
+                renderer.warmup(ChatParams())
+            return renderer
+
+        @contextlib.contextmanager
+        def launch_and_render(*args):
+            nonlocal rendering
+            with launch(*args) as launched:
+                rendering = thread.submit(render)
+                yield launched
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            with patch.object(core_client, "launch_core_engines", launch_and_render):
+                client = make_client(vllm_config, executor_class, keep_statistics)
+        try:
+            given = patch.multiple(async_llm, renderer_from_config=lambda _: rendering.result())
+            with given, patch.object(core_client.EngineCoreClient, "make_async_mp_client", lambda **_: client):
+                super().__init__(vllm_config, executor_class, log_stats, **options)
+        except BaseException:
+            client.shutdown()
+            raise
+
+
+def start_engine_first() -> None:
+    """Have vLLM's server use EngineFirst.
+
+    The engine needs a tokenizer for structured output alone. Elsewhere it is forked from a server that has one; here
+    it loads its own, for the first request that asks for that.
+    """
+    async_llm.AsyncLLM = EngineFirst
+    load = structured_output.cached_tokenizer_from_config
+    structured_output.cached_tokenizer_from_config = functools.partial(functools.partial, load)
+    structured_output.StructuredOutputManager.tokenizer = property(
+        lambda manager: vars(manager)["tokenizer"](), lambda manager, load: vars(manager).update(tokenizer=load)
+    )
 
 
 # ---- processes: the children end with the server, and leave it its port (children) ------------------
@@ -2922,6 +2985,9 @@ def fork_workers() -> None:
     forked from one with a running OpenMP pool deadlocks. So this process has no pool (OMP_NUM_THREADS=1 while torch is
     imported) and the worker adopts its settings by hand. On a GPU vLLM forks by itself.
     """
+    from vllm.v1.engine import core
+    from vllm.v1.executor import multiproc_executor
+
     check_and_update_config = current_platform.check_and_update_config
 
     def check_and_fork(vllm_config: VllmConfig) -> None:
@@ -2929,6 +2995,9 @@ def fork_workers() -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     current_platform.check_and_update_config = check_and_fork
+    for module in (core, multiproc_executor):  # in which vLLM 0.32 sets up the log that a forked process has already
+        if hasattr(module, "configure_logging"):
+            module.configure_logging = vllm.logger.configure_logging_if_needed
 
 
 def adopt_omp_settings() -> None:
@@ -3745,14 +3814,22 @@ def engine_options(launch: Launch, options: dict) -> dict:
     }
 
 
-def server_args(launch: Launch, ours: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
-    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported."""
+@functools.cache  # a standby has it before its servers need it
+def server_parser() -> tuple[argparse.ArgumentParser, float]:
+    """vLLM's parser of its server's options, and its --gpu-memory-utilization where nobody says another."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_args, _ = vllm_server()
     parser = cli_args.make_arg_parser(FlexibleArgumentParser(prog=NAME))
     gpu_memory_utilization = parser.get_default("gpu_memory_utilization")
     parser.set_defaults(enforce_eager=None, gpu_memory_utilization=None)  # None: nobody has said, here or in --config
+    return parser, gpu_memory_utilization
+
+
+def server_args(launch: Launch, ours: argparse.Namespace, argv: list[str]) -> argparse.Namespace:
+    """vLLM's own arguments for its server, with ours put in. Raises UsageError for a combination not supported."""
+    cli_args, _ = vllm_server()
+    parser, gpu_memory_utilization = server_parser()
     args = parser.parse_args(argv)
     set_log_level(args)
     cli_args.validate_parsed_serve_args(args)
@@ -3923,12 +4000,21 @@ READ_EARLY = {
 def import_late() -> None:
     """Import what a server would import after its start."""
     from vllm.model_executor.models import ModelRegistry
+    from vllm.utils import cpu_resource_utils
 
     for name in (MODULE, *LATE_IMPORTS, *(LATE_IMPORTS_CPU if current_platform.is_cpu() else ())):
         with contextlib.suppress(ModuleNotFoundError):  # of another release: a server imports what it has instead
             importlib.import_module(name)
     for architecture in PLANES_ARCHITECTURES:
         ModelRegistry.models[architecture].load_model_cls()
+    server_parser()
+    if current_platform.is_cpu():
+        cpu_resource_utils._get_cpu_list = functools.cache(cpu_resource_utils._get_cpu_list)  # asks lscpu, a process
+        cpu_resource_utils.get_allowed_cpu_list()
+    if register := getattr(current_platform, "register_triton_kernel_overrides", None):  # vLLM 0.32
+        with warnings.catch_warnings(action="ignore"):  # it looks into every module, for a quarter of a second
+            register()
+        current_platform.register_triton_kernel_overrides = lambda: None
 
 
 def check_forkable() -> None:
@@ -4147,6 +4233,7 @@ def main(early: EarlyStart) -> int:
     launch.on_failure = functools.partial(end_after_failure, launch)
     try:
         args = server_args(launch, early.args, early.vllm_argv)
+        start_engine_first()
         os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
         uvloop.run(serve(args))

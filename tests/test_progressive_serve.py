@@ -394,6 +394,8 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
         assert [choice["token_ids"] for choice in at_stage_3.json()["choices"]] == tokens(probed_float32["stock"][:8])
         progress = server.progress()
         assert [row["state"] for row in progress["stages"]] == ["active"] * 3
+        chosen = server.complete(prompts[:2], tokens=16, structured_outputs={"choice": ["sunny", "rainy"]})
+        assert {choice["text"] for choice in chosen.json()["choices"]} <= {"sunny", "rainy"}
         chat = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 4, "stream": True}
         with requests.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60, stream=True) as response:
             assert response.headers["X-Progressive-Stage"] == "3"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -1504,3 +1505,93 @@ def test_bad_options_of_vllm(argv, named, split_tiny, capsys):
         pytest.fail("nothing was said")
     finally:
         launch.close()
+
+
+# ---- engine ----------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """In place of vLLM's: what EngineFirst has it do, and in which order."""
+
+    def __init__(self, monkeypatch, render):
+        from vllm.v1.engine import async_llm, core_client
+
+        import progressive_serve
+
+        self.events, self.rendering = [], threading.Event()
+        self.render = render
+
+        @contextlib.contextmanager
+        def launch(*args):
+            self.events.append("launched")
+            yield self
+            self.events.append("rendered meanwhile" if self.rendering.wait(30) else "rendered too late")
+
+        def make_client(*args):
+            with core_client.launch_core_engines(*args) as launched:
+                assert launched is self
+            return self
+
+        def init(llm, vllm_config, executor_class, log_stats, **options):
+            llm.renderer = async_llm.renderer_from_config(vllm_config)
+            llm.engine_core = core_client.EngineCoreClient.make_async_mp_client(
+                vllm_config=vllm_config, executor_class=executor_class, log_stats=log_stats, **options
+            )
+
+        monkeypatch.setattr(core_client, "launch_core_engines", launch)
+        monkeypatch.setattr(core_client.EngineCoreClient, "make_async_mp_client", staticmethod(make_client))
+        monkeypatch.setattr(async_llm, "renderer_from_config", self.make_renderer)
+        monkeypatch.setattr(async_llm.AsyncLLM, "__init__", init)
+        without_shutdown = type("EngineFirst", (progressive_serve.EngineFirst,), {"__del__": lambda llm: None})
+        self.start = functools.partial(without_shutdown, None, None, True)
+
+    def make_renderer(self, vllm_config):
+        self.events.append("tokenizer")
+        self.rendering.set()
+        return self.render()
+
+    def shutdown(self):
+        self.events.append("shut down")
+
+
+def test_tokenizer_and_engine_wait_for_each_other_at_the_end_only(monkeypatch):
+    warmed_up = SimpleNamespace(tokenizer=None, warmup=lambda params: engine.events.append("template"))
+    engine = FakeEngine(monkeypatch, lambda: warmed_up)
+    llm = engine.start()
+    assert (llm.renderer, llm.engine_core) == (warmed_up, engine)
+    assert engine.events[:2] == ["launched", "tokenizer"]  # a fork comes before any other thread
+    assert sorted(engine.events[2:]) == ["rendered meanwhile", "template"]
+
+
+def test_engine_ends_when_there_is_no_tokenizer(monkeypatch):
+    def fail():
+        raise OSError("tokenizer.json")
+
+    engine = FakeEngine(monkeypatch, fail)
+    with pytest.raises(OSError, match="tokenizer.json"):
+        engine.start()
+    assert engine.events[-1] == "shut down"
+
+
+def test_engine_loads_its_tokenizer_when_it_is_asked_for(monkeypatch):
+    from vllm.v1 import structured_output
+    from vllm.v1.engine import async_llm
+
+    import progressive_serve
+
+    loaded = []
+    monkeypatch.setattr(async_llm, "AsyncLLM", async_llm.AsyncLLM)  # put back what is set
+    load = "cached_tokenizer_from_config"
+    monkeypatch.setattr(structured_output, load, lambda model_config: loaded.append(model_config) or "it")
+    monkeypatch.setattr(structured_output.StructuredOutputManager, "tokenizer", None, raising=False)
+    progressive_serve.start_engine_first()
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(skip_tokenizer_init=False),
+        parallel_config=SimpleNamespace(distributed_executor_backend="mp"),
+        scheduler_config=SimpleNamespace(max_num_seqs=1),
+        structured_outputs_config=vllm.config.StructuredOutputsConfig(),
+        speculative_config=None,
+    )
+    manager = structured_output.StructuredOutputManager(config)
+    assert not loaded
+    assert manager.tokenizer == "it" and loaded == [config.model_config]
