@@ -3349,7 +3349,7 @@ class LaterCapture:
         manager = runner.cudagraph_manager
         descriptors = itertools.chain.from_iterable(manager._capture_descs.values())
         self.waiting = sorted(descriptors, key=lambda desc: (-desc.num_tokens, desc.cg_mode == CUDAGraphMode.FULL))
-        self.candidates, manager._candidates, self.begun = manager._candidates, {}, True
+        self.candidates, self.begun = manager._candidates, True
 
     def capture_next(self, runner) -> dict:
         """Capture one graph: between two engine steps. Returns its size and mode, or the reason why there is none.

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_serve_rooms import engine_config
-from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoadConfig, VllmConfig
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -278,11 +278,13 @@ def test_weights_of_the_compiler_lie_in_one_place(context):
     place = {} if context else {"device": "cpu"}
     with progressive_serve.SharedPlace("cpu"), torch.device("cpu") if context else contextlib.nullcontext():
         weights = [torch.empty(*shape, dtype=torch.bfloat16, **place) for shape in shapes]
-        elsewhere = torch.empty(4, device="meta")
+        elsewhere = [torch.empty(4, device="meta")]
+    with progressive_serve.SharedPlace("cpu"), torch.device("meta"):
+        elsewhere.append(torch.empty(4))
     for weight, shape in zip(weights, shapes, strict=True):
         assert weight.shape == shape and weight.is_contiguous() and weight.dtype == torch.bfloat16
         assert weight._base is None
-    assert elsewhere.device.type == "meta"
+    assert [tensor.device.type for tensor in elsewhere] == ["meta", "meta"]
     assert len({weight.data_ptr() for weight in weights}) == 2  # the third needed a larger place
     assert len({weight.untyped_storage()._cdata for weight in weights}) == 4
     sizes = [weight.nbytes for weight in weights]
@@ -447,7 +449,7 @@ def test_capture_waits_for_an_idle_moment_and_not_for_ever(answering, split_tiny
     controller = progressive_serve.Controller(Engine(split_tiny, tmp_path / "journal", GRAPHS[:1]))
     controller.answering = answering
     began = time.monotonic()
-    asyncio.run(controller.capture(1))
+    asyncio.run(asyncio.wait_for(controller.capture(1), 10))
     assert (time.monotonic() - began >= 0.2) is bool(answering)
 
     async def becomes_idle():
@@ -533,6 +535,19 @@ def test_model_runner_v1_is_refused(is_v2, later, split_tiny, tmp_path, monkeypa
     with refused if later and not is_v2 else contextlib.nullcontext():
         platform.check_and_update_config(config)
     assert seen == [config]  # vLLM's own check comes first
+
+
+def test_refusal_comes_through_vllms_configuration(split_tiny, tmp_path, monkeypatch):
+    """As it is, and not as an error of validation. vLLM takes V1 on a CPU."""
+    import progressive_serve
+
+    platform = progressive_serve.current_platform
+    monkeypatch.setattr(platform, "check_and_update_config", platform.check_and_update_config)
+    progressive_serve.refuse_runner_v1()
+    serving = engine_config(split_tiny, tmp_path / "journal").load_config.model_loader_extra_config
+    load_config = LoadConfig(load_format="progressive", model_loader_extra_config={**serving, "compile_later": True})
+    with pytest.raises(progressive_serve.UsageError, match="vLLM takes V1 here"):
+        VllmConfig(load_config=load_config, compilation_config=CompilationConfig(mode=CompilationMode.VLLM_COMPILE))
 
 
 @pytest.mark.parametrize("later", [True, False])
