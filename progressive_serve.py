@@ -45,8 +45,9 @@ register_model_loader) leaves the model empty and binds each stage in the backgr
 LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
 anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
 controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. What vLLM is to
-compile, a compiler process puts into vLLM's cache after the last stage, and the workers load it between two steps. A
-standby has imported everything, and forks servers for callers, who cannot tell them from servers of their own.
+compile, a compiler process puts into vLLM's cache after the last stage, and the workers load it between two steps; on
+a GPU they capture its graphs then, one between two steps. A standby has imported everything, and forks servers for
+callers, who cannot tell them from servers of their own.
 """
 
 import argparse
@@ -88,7 +89,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -135,6 +136,12 @@ COMPILER_COMMAND = "_compile"  # this file as the compiler process: progressive_
 COMPILER_NICENESS = 5  # running requests go first: of a core that they keep busy it gets a quarter
 COMPILER_BYTES = 3 << 30  # that compiling needs: it has no weights, but all of torch's compiler, and gcc
 COMPILE_SECONDS = 1800.0  # after which it is given up
+COMPILER_CONTEXT = 1 << 30  # bytes of a GPU that a process takes before it has computed anything: CUDA, cuBLAS, NCCL
+COMPILER_TENSORS = 4  # of the widest layer's output, for a whole step: what torch's compiler tries kernels on at once
+GRAPH_LAYER_BYTES = 256 << 10  # of a GPU, per decoder layer of a captured graph: a guess, vLLM's captures will tell
+CAPTURE_MARGIN = 256 << 20  # bytes of a GPU that stay free beside what a capture takes
+CAPTURES_COMPARED = 8  # the last ones, by which the memory of the next one is judged
+IDLE_SECONDS = 1.0  # that a capture waits for a moment without requests
 STAGE_HEADER = b"x-progressive-stage"
 MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
 STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
@@ -843,7 +850,9 @@ class Journal:
         "ready": ("server", ()),  # it listens
         "active": ("controller", ("stage", "pause")),  # pause: seconds that the transition has taken
         "compiling": ("controller", ()),  # what the cache does not hold, in a process of its own
-        "compiled": ("controller", ("pause",)),  # and in use from here on
+        "compiled": ("controller", ("pause", "graphs")),  # and in use; so many graphs will be captured, None on a CPU
+        "captured": ("controller", ("size", "mode", "seconds")),  # a graph of so many tokens; the pause that it took
+        "not captured": ("controller", ("reason", "graphs")),  # no more are; the first so many of them stay in use
         "not compiled": ("controller", ("reason",)),  # the server stays as it is
         "error": ("whoever meets it", ("text", "stage")),  # the first stage that is spoilt
     }
@@ -956,7 +965,9 @@ class Progress(Arrivals):
     active_stage: int = 0  # whose gates are open; it may still be arriving. 0 before there is one
     complete_at: dict[int, float] = field(default_factory=dict)  # stage -> when it was active with all its weights
     optimized: str = "eager"  # how the model runs: eager, compiling (and eager meanwhile), or compiled
-    not_optimized: str | None = None  # why it stays eager, where it was to be compiled
+    not_optimized: str | None = None  # why it stays eager, or the graphs are not all captured
+    captured: list[dict] = field(default_factory=list)  # graphs of a GPU: size, mode, seconds
+    num_graphs: int | None = None  # how many there will be; None: not known yet, or none because of the platform
     timeline: list[dict] = field(default_factory=list)
 
     def fold_one(self, event: str, at: float, **fields) -> None:
@@ -968,7 +979,12 @@ class Progress(Arrivals):
         elif event == "active":
             self.active_stage = fields["stage"]
         elif event in ("compiling", "compiled"):
-            self.optimized = event
+            self.optimized, self.num_graphs = event, fields.get("graphs")
+        elif event == "captured":
+            self.captured.append(fields)
+        elif event == "not captured":
+            self.not_optimized = fields["reason"]
+            del self.captured[fields["graphs"] :]
         elif event == "not compiled":
             self.optimized, self.not_optimized = "eager", fields["reason"]
         for stage in range(1, min(self.active_stage, self.bound_stage()) + 1):
@@ -1019,6 +1035,8 @@ class Progress(Arrivals):
             "stages": rows,
             "optimized": self.optimized,
             "not_optimized": self.not_optimized and without_folders(self.not_optimized),
+            "captured": None if self.num_graphs is None else self.captured,
+            "num_graphs": self.num_graphs,
             "timeline": [
                 {key: without_folders(value) if key in ("text", "reason") else value for key, value in event.items()}
                 for event in self.timeline
@@ -1881,7 +1899,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         dest="compile_later",
         action=argparse.BooleanOptionalAction,
         help="answer before anything is compiled, and compile what vLLM's options ask for after the last stage, behind "
-        "the tokens (default: on a CPU, where --no-enforce-eager asks vLLM to compile)",
+        "the tokens; on a GPU also capture its graphs then, one between two steps, which has not been run yet "
+        "(default: on a CPU, where --no-enforce-eager asks vLLM to compile)",
     )
     group.add_argument(
         "--compile-timeout",
@@ -2826,9 +2845,9 @@ def call_engine_core(llm: vllm.LLM, method: str, *args) -> None:
         client.call_utility(method, *args)
 
 
-def pause_engine(llm: vllm.LLM) -> None:
-    """As AsyncLLM.pause_generation(mode="keep", clear_cache=True), which an LLM does not have."""
-    call_engine_core(llm, "pause_scheduler", "keep", True)
+def pause_engine(llm: vllm.LLM, clear_cache: bool = True) -> None:
+    """As AsyncLLM.pause_generation(mode="keep"), which an LLM does not have."""
+    call_engine_core(llm, "pause_scheduler", "keep", clear_cache)
 
 
 def resume_engine(llm: vllm.LLM) -> None:
@@ -2858,6 +2877,13 @@ def kv_cache_allocator() -> tuple[object, str]:
     if hasattr(runner, "allocate_kv_cache"):
         return runner, "allocate_kv_cache"
     return runner.GPUModelRunner, "_allocate_kv_cache_tensors"  # vLLM 0.26
+
+
+def keeps_room_for_graphs() -> bool:
+    """Whether the KV cache of a stock server leaves room for what is captured after it; 0.26 counts on what is free."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    return hasattr(cudagraph_utils, "profile_cudagraph_memory")
 
 
 def skip_eager_warm_up() -> None:
@@ -3265,7 +3291,7 @@ class PackedInGraph(Packed):
         return None  # the graph looks at `weight`
 
 
-# ---- after the first token: what vLLM compiles (worker) ---------------------------------------------
+# ---- after the first token: what vLLM compiles, and captures on a GPU (worker) ----------------------
 
 
 class LaterCompilation:
@@ -3339,7 +3365,7 @@ class LaterCompilation:
                     TorchCompileWithNoGuardsWrapper.__init__(module, **options)
                     module.do_not_compile = False
             with patch.object(envs, "VLLM_FORCE_AOT_LOAD", True):  # else vLLM would compile now, and everybody wait
-                runner._dummy_run(1, is_profile=True)
+                try_compiled(runner)
         except BaseException:
             self.stay_eager()
             raise
@@ -3349,6 +3375,136 @@ class LaterCompilation:
             operator._forward_method = method
         for module, _ in self.modules:
             module.do_not_compile = True
+
+
+def try_compiled(runner) -> None:
+    """The first forward pass, which loads. On a GPU that of vLLM's profile run: its kernels are tuned to a full step.
+
+    vLLM 0.32: v1/worker/gpu/model_runner.py:1003 (0.26: 674).
+    """
+    if current_platform.is_cpu():
+        runner._dummy_run(1, is_profile=True)
+    else:
+        runner._dummy_run(runner.max_num_tokens, skip_attn=True, is_profile=True)
+
+
+class LaterCapture:
+    """The CUDA graphs that vLLM was to capture at its start, and are captured one by one, each between two steps.
+
+    For vLLM's model runner V2. It runs a batch without a graph until its manager says that graphs are captured
+    (`_graphs_captured`), and then looks for one among `_candidates`: those are kept to what is captured, so a batch
+    whose graph is still to come runs the compiled model as it is. The running requests keep their K and V: a capture's
+    dummy batch has -1 for every slot, so it writes none, and the buffers that it shares with real batches are filled
+    anew for each of those.
+
+    vLLM 0.32: v1/worker/gpu/cudagraph_utils.py:178, 186, 187, 518 (0.26: 136, 138, 139, 360); the slots,
+    v1/worker/gpu/block_table.py:220 (0.26: 197).
+    """
+
+    def __init__(self):
+        self.activations = 0  # bytes that a step needs at most beside what stays allocated, see postpone_capture
+        self.begun = False
+        self.waiting: list = []  # vLLM's descriptors of graphs
+        self.captured: list = []
+        self.taken: list[int] = []  # bytes, by each of them
+        self.candidates: dict[tuple, list] = {}  # all of them, as vLLM looks them up
+
+    def begin(self, runner) -> None:
+        """Take over from vLLM what is to be captured.
+
+        The largest come first: they share one pool of memory, and a smaller one finds room in what a larger one has
+        taken. Of one size the piecewise one, which needs more.
+        """
+        manager = runner.cudagraph_manager
+        descriptors = itertools.chain.from_iterable(manager._capture_descs.values())
+        self.waiting = sorted(descriptors, key=lambda desc: (-desc.num_tokens, desc.cg_mode == CUDAGraphMode.FULL))
+        self.candidates, self.begun = manager._candidates, True
+
+    def capture_next(self, runner) -> dict:
+        """Capture one graph: between two engine steps. Returns its size and mode, or the reason why there is none.
+
+        With a reason the number of graphs that stay in use: a capture that has failed may have left the allocator in
+        their pool, so no graph is replayed after it.
+        """
+        manager, desc = runner.cudagraph_manager, self.waiting[0]
+        if not self.captured:
+            gc.collect()
+            gc.freeze()  # torch.cuda.graph collects garbage before each capture, while everybody waits
+        needed = max(self.taken[-CAPTURES_COMPARED:], default=self.activations) + CAPTURE_MARGIN
+        if (free := free_device_bytes(self.activations)) < needed:
+            reason = (
+                f"capturing the graph of {desc.num_tokens} tokens may need {needed / 2**30:.2f} GiB of the GPU, and "
+                f"{free / 2**30:.2f} GiB are free beside what a step needs: give a smaller --gpu-memory-utilization"
+            )
+            return {"reason": reason, "graphs": len(self.captured)}
+        try:
+            with patch.object(manager, "_capture_descs", {desc.cg_mode: [desc]}):
+                self.taken.append(runner.capture_model())
+        except Exception as error:
+            logger.exception("the model goes on without graphs")
+            self.drop(manager)
+            return {"reason": repr(error), "graphs": 0}
+        self.captured.append(self.waiting.pop(0))
+        done = set(self.captured)
+        manager._candidates = {key: [desc for desc in row if desc in done] for key, row in self.candidates.items()}
+        return {"size": desc.num_tokens, "mode": desc.cg_mode.name}
+
+    def drop(self, manager) -> None:
+        manager._candidates, manager._graphs_captured = {}, False
+        manager.graphs.clear()
+        self.captured.clear()
+
+
+def later_capture_of(runner) -> LaterCapture | None:
+    """None for a model of which vLLM captures everything at the start, or nothing."""
+    return getattr(runner.get_model(), "later_capture", None)
+
+
+def postpone_capture() -> None:
+    """Keep vLLM's start from capturing, and note what memory a step needs. For a worker on a GPU.
+
+    What vLLM would measure, by capturing the model at its start, is estimated: the compiled model, whose graphs they
+    are, does not exist yet, and to capture the eager one would take the time that is to be saved. Whether there is
+    room is looked at again before each capture. vLLM 0.32: v1/worker/gpu/model_runner.py:991, 1038, 1053 (0.26: 673,
+    705, 710), called by v1/worker/gpu_worker.py:653, 693, 704, 962 (0.26: 465, 488, 506, 784).
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner
+
+    profile, estimate, capture = Runner.profile_run, Runner.profile_cudagraph_memory, Runner.capture_model
+
+    def profile_run(runner, *args, **kwargs) -> None:
+        before = torch.cuda.memory_allocated()
+        profile(runner, *args, **kwargs)
+        if later := later_capture_of(runner):
+            later.activations = torch.cuda.max_memory_allocated() - before
+
+    def profile_cudagraph_memory(runner) -> int:
+        if not later_capture_of(runner):
+            return estimate(runner)
+        return graph_bytes(runner) if keeps_room_for_graphs() else 0
+
+    def capture_model(runner, *args, **kwargs) -> int:
+        later = later_capture_of(runner)
+        return capture(runner, *args, **kwargs) if later is None or later.begun else graph_bytes(runner)
+
+    Runner.profile_run, Runner.capture_model = profile_run, capture_model
+    Runner.profile_cudagraph_memory = profile_cudagraph_memory
+
+
+def graph_bytes(runner) -> int:
+    """What all graphs will take, about; also before there is a KV cache, and with it the runner's own manager."""
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    mode = runner.compilation_config.cudagraph_mode
+    graphs = CudaGraphManager(runner.vllm_config, runner.device, mode, runner.decode_query_len)._capture_descs
+    return sum(map(len, graphs.values())) * len(runner.get_model().model.layers) * GRAPH_LAYER_BYTES
+
+
+def free_device_bytes(activations: int) -> int:
+    """Of the GPU, beside what the largest step needs; part of that torch may hold already."""
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] - max(0, activations - held)
 
 
 # ---- loader: vLLM's seam for all of this (worker) ---------------------------------------------------
@@ -3371,9 +3527,13 @@ class ProgressiveLoader(BaseModelLoader):
             prepare_cpu_worker()
         self.vllm_config = vllm_config
         later = LaterCompilation(vllm_config) if is_compiled_later(vllm_config) else None
+        captures = later and not current_platform.is_cpu()
+        if captures:
+            postpone_capture()
         with later.postponed() if later else contextlib.nullcontext():
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         model.later_compilation = later
+        model.later_capture = LaterCapture() if captures else None
         model.binding.start()
         return model
 
@@ -3389,21 +3549,51 @@ class ProgressiveLoader(BaseModelLoader):
 if __name__ == MODULE:  # imported by name: as the worker's extension, or for load_llm; not when run as a script
     register_model_loader(LOAD_FORMAT)(ProgressiveLoader)
 
-# ---- compiler: what vLLM compiles, in a process of its own (compiler, server) -----------------------
+# ---- compiler: what vLLM compiles, in a process of its own (compiler, server, worker) ---------------
 
 
 class Saved(BaseException):
     """vLLM has put everything into its cache."""
 
 
+class SharedPlace(torch.overrides.TorchFunctionMode):
+    """torch.empty for the weights of the compiler process on a GPU: all lie in one place, and nobody reads them.
+
+    Each has a storage of its own, which DLPack makes: torch treats inputs of a graph that share one as views of it.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.place = device, None
+
+    @staticmethod
+    def bytes_for(weights: list[int]) -> int:
+        """What weights of so many bytes take, made in this order: a larger one gets a new place, for those after it."""
+        return sum(set(itertools.accumulate(weights, max)))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = torch.device(kwargs.get("device") or torch.get_default_device())
+        if function is not torch.empty or device.type != self.device:
+            return function(*args, **kwargs)
+        like = torch.empty(*args, **{**kwargs, "device": "meta"})
+        if self.place is None or len(self.place) < like.nbytes:
+            self.place = torch.empty(like.nbytes, dtype=torch.uint8, device=device)
+        return torch.from_dlpack(self.place[: like.nbytes].view(like.dtype).view(like.shape))
+
+
 class HollowLoader(BaseModelLoader):
-    """The loader of the compiler process: of weights that nobody reads no page exists.
+    """The loader of the compiler process, of weights that nobody reads: on a CPU no page of them exists.
 
     The linear layers of a CPU are packed, as a graph has to find them; those of one shape share one packed copy.
     """
 
     def download_model(self, model_config) -> None:
         pass
+
+    def load_model(self, vllm_config: VllmConfig, model_config, prefix: str = "") -> nn.Module:
+        with contextlib.nullcontext() if current_platform.is_cpu() else SharedPlace(current_platform.device_type):
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config) -> None:
         packed: dict[tuple, nn.Module] = {}
@@ -3461,6 +3651,8 @@ def run_compiler(job: CompileJob) -> int:
     set_num_threads(job.threads)
     vllm_config = pickle.load(sys.stdin.buffer)
     vllm_config.load_config.load_format, vllm_config.load_config.model_loader_extra_config = HOLLOW_FORMAT, {}
+    if not current_platform.is_cpu():  # the server has taken it, and vLLM would ask for as much again
+        vllm_config.cache_config.gpu_memory_utilization = 0.0
     register_model_loader(HOLLOW_FORMAT)(HollowLoader)
     worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     place = {"local_rank": 0, "rank": 0, "distributed_init_method": f"tcp://127.0.0.1:{get_open_port()}"}
@@ -3519,6 +3711,30 @@ def why_not_compile(vllm_config: VllmConfig) -> str | None:
     return None
 
 
+def compiler_device_bytes(runner) -> int:
+    """Of the GPU that the compiler process will take: its own runner, one place for all weights, kernels on trial."""
+    model, caches = runner.get_model(), (cache.untyped_storage() for cache in runner.kv_caches)
+    weights = [parameter.nbytes for parameter in model.parameters()]
+    kv_cache = sum({storage.data_ptr(): storage.nbytes() for storage in caches}.values())
+    rest = torch.cuda.memory_allocated() - sum(weights) - kv_cache
+    output = max(linear.weight.shape[0] * linear.weight.element_size() for linear in linears(model.model))
+    kernels = COMPILER_TENSORS * runner.max_num_tokens * output
+    return COMPILER_CONTEXT + max(0, rest) + SharedPlace.bytes_for(weights) + kernels
+
+
+def why_no_room_to_compile(runner) -> str | None:
+    """On a GPU, what keeps the compiler process from fitting beside this worker."""
+    if not (later := later_capture_of(runner)):
+        return None
+    needed, free = compiler_device_bytes(runner), free_device_bytes(later.activations)
+    if free < needed:
+        return (
+            f"compiling needs {needed / 2**30:.1f} GiB of the GPU, and {free / 2**30:.1f} GiB are free beside what a "
+            "step needs: give a smaller --gpu-memory-utilization"
+        )
+    return None
+
+
 # ---- worker verbs: what the controller calls (worker) -----------------------------------------------
 
 
@@ -3541,21 +3757,36 @@ class WorkerExtension:
         self.model_runner.get_model().binding.settle(stage)
 
     def progressive_compiled(self) -> dict | None:
-        """What the compiler process needs; None where vLLM's cache has all that is to be compiled of the model."""
+        """What the compiler process needs; None where vLLM's cache has all that is to be compiled of the model.
+
+        `no_room`: why it would not fit on the GPU, None where it does.
+        """
         later = self.model_runner.get_model().later_compilation
         if all(path.is_file() for path in later.artifacts()):
             return None
-        return {"config": later.config(), "threads": torch.get_num_threads()}
+        no_room = why_no_room_to_compile(self.model_runner)
+        return {"config": later.config(), "threads": torch.get_num_threads(), "no_room": no_room}
 
     def progressive_compile(self) -> str | None:
         """Compute with what has been compiled. Call between two steps only. Returns None, or what went wrong."""
         model = self.model_runner.get_model()
         try:
+            if capture := later_capture_of(self.model_runner):
+                capture.begin(self.model_runner)
             model.binding.remove_gates()
             model.later_compilation.begin(self.model_runner)
         except Exception as error:
             logger.exception("the model stays eager")
             return repr(error)
+
+    def progressive_graphs(self) -> int | None:
+        """Once it is compiled: how many graphs there are for progressive_capture(). None: none on this platform."""
+        capture = later_capture_of(self.model_runner)
+        return len(capture.waiting) if capture else None
+
+    def progressive_capture(self) -> dict:
+        """Capture the next graph. Call between two steps only. See LaterCapture.capture_next."""
+        return later_capture_of(self.model_runner).capture_next(self.model_runner)
 
 
 # ---- controller: when a stage is switched (server) --------------------------------------------------
@@ -3578,6 +3809,7 @@ class Controller:
         self.journal = Journal(self.serving.journal)
         self.progress = Progress(read_plan(engine.vllm_config.model_config.model), serving=self.serving)
         self.progress.optimized = "compiled" if graph_is_fixed(engine.vllm_config) else "eager"
+        self.answering = 0  # requests that are being answered
         self.decided = asyncio.Event()  # a first stage is active, or there will be none
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
 
@@ -3656,6 +3888,16 @@ class Controller:
         self.update()
         logger.info("stage %d of %d is active", stage, self.progress.plan.num_stages)
 
+    @contextlib.asynccontextmanager
+    async def between_steps(self, clear_cache: bool) -> AsyncIterator[None]:
+        """While every request waits; with clear_cache, those that run are recomputed after it."""
+        async with self.switching:
+            await self.engine.pause_generation(mode="keep", clear_cache=clear_cache)
+            try:
+                yield
+            finally:
+                await self.engine.resume_generation()
+
     async def optimize(self) -> None:
         """After the last stage: take what vLLM was to compile from its cache, which is filled first, behind the tokens.
 
@@ -3666,10 +3908,8 @@ class Controller:
             reason = await self.compile(**missing) if missing else None
             if not reason:
                 began = time.monotonic()
-                async with self.switching:
-                    await self.engine.pause_generation(mode="keep", clear_cache=True)
+                async with self.between_steps(clear_cache=True):
                     (reason,) = await self.engine.collective_rpc("progressive_compile")
-                    await self.engine.resume_generation()
                 pause = round(time.monotonic() - began, 4)
         except Exception as error:
             logger.exception("compiling failed")
@@ -3679,12 +3919,14 @@ class Controller:
             self.journal.mark("not compiled", reason=reason)
         else:
             logger.info("the model is compiled")
-            self.journal.mark("compiled", pause=pause)
+            (graphs,) = await self.engine.collective_rpc("progressive_graphs")
+            self.journal.mark("compiled", pause=pause, graphs=graphs)
+            await self.capture(graphs or 0)
         self.update()
 
-    async def compile(self, config: bytes, threads: int) -> str | None:
+    async def compile(self, config: bytes, threads: int, no_room: str | None) -> str | None:
         """Have vLLM's cache filled. Returns None, or why it could not be."""
-        if reason := why_not_compile(self.engine.vllm_config):
+        if reason := no_room or why_not_compile(self.engine.vllm_config):
             return reason
         self.journal.mark("compiling")
         self.update()
@@ -3693,6 +3935,33 @@ class Controller:
             return await asyncio.to_thread(compiler.run, self.serving.compile_timeout)
         finally:
             compiler.end()
+
+    async def capture(self, graphs: int) -> None:
+        """Have the graphs of a GPU captured: a pause for each, when nobody is answered or IDLE_SECONDS have passed.
+
+        Running requests keep their K and V, and wait for one capture at most. What goes wrong leaves the rest of the
+        graphs out: the model runs without them.
+        """
+        for captured in range(graphs):
+            self.update()
+            await self.wait_until_idle()
+            began = time.monotonic()
+            try:
+                async with self.between_steps(clear_cache=False):
+                    (graph,) = await self.engine.collective_rpc("progressive_capture")
+            except Exception as error:
+                logger.exception("capturing failed")
+                graph = {"reason": repr(error), "graphs": captured}
+            if "reason" in graph:
+                logger.warning("%d of %d graphs are captured: %s", graph["graphs"], graphs, graph["reason"])
+                self.journal.mark("not captured", **graph)
+                break
+            self.journal.mark("captured", seconds=round(time.monotonic() - began, 4), **graph)
+
+    async def wait_until_idle(self) -> None:
+        until = time.monotonic() + IDLE_SECONDS
+        while self.answering and time.monotonic() < until:
+            await asyncio.sleep(POLL_SECONDS)
 
 
 # ---- HTTP: GET /progress and the stage header (server) ----------------------------------------------
@@ -3736,6 +4005,7 @@ class ProgressMiddleware:
     async def answer(self, scope, receive, send) -> bool:
         """Let vLLM answer; False when its engine has ended before."""
         answer = asyncio.create_task(self.app(scope, receive, send))
+        self.controller.answering += 1
         try:
             await asyncio.wait({answer, self.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -3744,6 +4014,7 @@ class ProgressMiddleware:
                 await answer  # raises what vLLM has raised
             return answer.done()
         finally:
+            self.controller.answering -= 1
             answer.cancel()
 
     async def end_with_engine(self) -> None:
@@ -3782,13 +4053,31 @@ def refuse_unsupported(options: dict) -> None:
 def choose_compile_later(wanted: bool | None, options: dict) -> bool:
     """Whether vLLM compiles after the last stage. None: on a CPU, where it shall compile. Raises UsageError."""
     ranks = options.get("tensor_parallel_size") or 1
-    possible = current_platform.is_cpu() and ranks == 1
     if wanted and options.get("enforce_eager"):
         raise UsageError("--optimize-later compiles in the end, and --enforce-eager never: give one of them")
-    if wanted and not possible:
-        where = f"--tensor-parallel-size {ranks}" if current_platform.is_cpu() else current_platform.device_name
-        raise UsageError(f"--optimize-later is not there yet for {where}: leave it out, and vLLM compiles at the start")
-    return not options.get("enforce_eager") and (possible if wanted is None else wanted)
+    if wanted and ranks > 1:
+        raise UsageError(
+            f"--optimize-later is not there yet for --tensor-parallel-size {ranks}: leave it out, and vLLM compiles at "
+            "the start"
+        )
+    if wanted is None:  # on a GPU not before it has been measured
+        wanted = current_platform.is_cpu() and ranks == 1
+    return wanted and not options.get("enforce_eager")
+
+
+def refuse_runner_v1() -> None:
+    """Have vLLM's configuration raise UsageError where it comes to the model runner that LaterCapture is not for."""
+    check_and_update_config = current_platform.check_and_update_config
+
+    def check_runner(vllm_config: VllmConfig) -> None:
+        check_and_update_config(vllm_config)
+        if is_compiled_later(vllm_config) and not vllm_config.use_v2_model_runner:
+            raise UsageError(
+                "--optimize-later needs vLLM's model runner V2, and vLLM takes V1 here: leave out "
+                "VLLM_USE_V2_MODEL_RUNNER=0 and what V2 does not support, or --optimize-later"
+            )
+
+    current_platform.check_and_update_config = check_runner
 
 
 def engine_options(launch: Launch, options: dict) -> dict:
@@ -3801,6 +4090,8 @@ def engine_options(launch: Launch, options: dict) -> dict:
     if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(STALLED_SECONDS))
+    if launch.serving.compile_later and not current_platform.is_cpu():
+        refuse_runner_v1()
     gated, unsaid = launch.plan.absent_layers(1), {}
     if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
         unsaid["kv_cache_memory_bytes"] = kv_cache
@@ -3903,17 +4194,31 @@ class StageControl:
     def optimize(self, timeout: float = COMPILE_SECONDS) -> None:
         """After the last stage, of an LLM made with compile_later: compute with what vLLM compiles, from here on.
 
-        timeout: seconds that compiling may take. Raises RuntimeError where that fails, and the model stays eager.
+        timeout: seconds that compiling may take. Raises RuntimeError where that fails, and the model stays eager; or
+        where not all graphs of a GPU can be captured, and it goes on without the others.
         """
         (missing,), reason = self.llm.collective_rpc("progressive_compiled"), None
         if missing:
-            reason = why_not_compile(self.llm.llm_engine.vllm_config) or Compiler(**missing).run(timeout)
+            reason = missing.pop("no_room") or why_not_compile(self.llm.llm_engine.vllm_config)
+            reason = reason or Compiler(**missing).run(timeout)
         if not reason:
+            began = time.monotonic()
             pause_engine(self.llm)
             (reason,) = self.llm.collective_rpc("progressive_compile")
             resume_engine(self.llm)
         if reason:
             raise RuntimeError(reason)
+        (graphs,) = self.llm.collective_rpc("progressive_graphs")
+        self.journal.mark("compiled", pause=round(time.monotonic() - began, 4), graphs=graphs)
+        for _ in range(graphs or 0):
+            began = time.monotonic()
+            pause_engine(self.llm, clear_cache=False)
+            (graph,) = self.llm.collective_rpc("progressive_capture")
+            resume_engine(self.llm)
+            if "reason" in graph:
+                self.journal.mark("not captured", **graph)
+                raise RuntimeError(graph["reason"])
+            self.journal.mark("captured", seconds=round(time.monotonic() - began, 4), **graph)
 
     def wait_for(self, stage: int) -> None:
         """Wait until `stage` is bound. Raises RuntimeError when loading has failed, EngineDeadError when vLLM has."""

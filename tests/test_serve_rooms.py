@@ -1387,10 +1387,12 @@ def test_requests_are_told_when_the_engine_has_ended(begun, monkeypatch):
 
     monkeypatch.setattr(progressive_serve, "ENGINE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(progressive_serve, "LAST_WORDS_SECONDS", 0.01)
-    sent, cancelled, engine = [], [], SimpleNamespace(errored=False)
+    sent, cancelled, counts, engine = [], [], [], SimpleNamespace(errored=False)
+    controller = SimpleNamespace(engine=engine, answering=0)
     start = {"type": "http.response.start", "status": 200}
 
     async def never_ending(scope, receive, send):
+        counts.append(controller.answering)
         if begun:
             await send(start)
         engine.errored = True
@@ -1411,14 +1413,15 @@ def test_requests_are_told_when_the_engine_has_ended(begun, monkeypatch):
             "switching": asyncio.Lock(),
             "progress": SimpleNamespace(active_stage=1, error=None),
         }
-        middleware.controller = SimpleNamespace(engine=engine, **state)
+        vars(controller).update(state)
+        middleware.controller = controller
         middleware.transitions = asyncio.create_task(asyncio.Event().wait())
         middleware.engine_ended = asyncio.create_task(middleware.end_with_engine())
         await middleware({"type": "http", "path": "/v1/completions", "method": "POST"}, None, send)
         await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(ask(), 10))
-    assert cancelled == [True]
+    assert cancelled == [True] and (counts, controller.answering) == ([1], 0)
     assert [message.get("status") for message in sent if message["type"] == start["type"]] == [200 if begun else 503]
     bodies = b"".join(message.get("body", b"") for message in sent)
     assert (b"" if begun else b"shutting down") in bodies and bool(bodies) != begun
