@@ -19,6 +19,8 @@ Every trial is a fresh process of the real server, asked over HTTP as a user wou
 Modes, all through one client, with the same --server-args, on the same bytes:
     progressive     progressive_serve.py
     no-adapters     the same without the stages' adapters, for what these cost (not part of `all`)
+    eager           the same with --enforce-eager, whatever --server-args say: what a first token pays for the
+                    compilation that comes after it (not part of `all`)
     stage1, ...     the same, staying at that stage, for its throughput (not part of `all`)
     before          the same of another version, the script that --before names, say in a git worktree: what a change
                     to the server does, measured in one run (not part of `all`)
@@ -116,9 +118,9 @@ from tqdm import tqdm
 # ---- constants --------------------------------------------------------------------------------------
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-BEFORE = "before"
+BEFORE, EAGER = "before", "eager"
 STANDBY, MENDED = "standby", "baseline-mended"
-PROGRESSIVE = ("progressive", "no-adapters", BEFORE, STANDBY, "warm")  # modes of progressive_serve.py; others are stock
+PROGRESSIVE = ("progressive", "no-adapters", EAGER, BEFORE, STANDBY, "warm")  # of our server; others are stock
 HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
@@ -138,9 +140,9 @@ PACKAGES = (
     "ray",
     *(loader[1] for loader in LOADERS.values()),
 )
-MODES = ("progressive", "no-adapters", BEFORE, STANDBY, "baseline", "baseline-fork", MENDED, *LOADERS, *WARM)
-COMPARED = {"baseline": "baseline", "fork": "baseline-fork", BEFORE: BEFORE, "progressive": "progressive"}
-NOT_IN_ALL = ("no-adapters", BEFORE, STANDBY, MENDED)
+MODES = ("progressive", "no-adapters", EAGER, BEFORE, STANDBY, "baseline", "baseline-fork", MENDED, *LOADERS, *WARM)
+COMPARED = {name: name for name in ("baseline", BEFORE, EAGER, "progressive")} | {"fork": "baseline-fork"}
+NOT_IN_ALL = ("no-adapters", EAGER, BEFORE, STANDBY, MENDED)
 # On a GPU stock defaults. On a CPU these would measure other things: compiling takes minutes, and zeroing a KV cache of
 # nearly all the memory takes half a minute (stock; ProgressiveServe leaves it to the kernel).
 SERVER_ARGS = "" if HAS_GPU else "--enforce-eager --kv-cache-memory-bytes 1073741824"
@@ -581,6 +583,11 @@ def environment(args: argparse.Namespace, mode: str = "") -> dict[str, str]:
     return env
 
 
+def compiles(args: argparse.Namespace, mode: str) -> bool:
+    """Whether its cache matters; a mode that compiles later is followed until it has."""
+    return bool(args.compile_cache) and kind_of(mode) != EAGER
+
+
 def compile_cache(args: argparse.Namespace, mode: str) -> Path:
     """Of what vLLM compiles in a mode."""
     return args.work / f"cache-{mode}"
@@ -588,6 +595,8 @@ def compile_cache(args: argparse.Namespace, mode: str) -> Path:
 
 def check_compile_cache(args: argparse.Namespace, mode: str) -> None:
     """Empty it, or look whether it holds something, as the run wants it. Raises RuntimeError."""
+    if not compiles(args, mode):
+        return
     folder = compile_cache(args, mode)
     if args.compile_cache == "cold":
         shutil.rmtree(folder, ignore_errors=True)
@@ -702,7 +711,7 @@ def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
         start = [*launcher, "--model", str(checkpoint)]
         if kind in LOADERS:
             start += ["--load-format", kind]
-    return [sys.executable, *start, "--port", str(port), *args.server_args]
+    return [sys.executable, *start, "--port", str(port), *args.server_args, *(["--enforce-eager"] * (kind == EAGER))]
 
 
 def kind_of(mode: str) -> str:
@@ -1034,7 +1043,7 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
                 row |= gaps
             else:
                 row["answers"], progress = follow_stages(server, url, args.prompt, row_of_first, not args.stretch)
-            if args.compile_cache:
+            if compiles(args, mode):
                 progress, row["while_compiling"] = follow_compilation(server, url, args)
                 row["compiled"] = seconds_of(progress["timeline"], "compiled")
             row |= describe_progress(progress, ttft)
@@ -1162,8 +1171,9 @@ def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     """Every trial of the run, into `result`, which is written after each of them."""
     turns = schedule(args.modes, args.bandwidths, args.trials)
     for mode in args.modes if args.compile_cache == "warm" else ():
-        with trial(mode, None, args, None, logs / f"{mode}.log"):
-            pass  # it has compiled, and left that in its cache
+        if compiles(args, mode):
+            with trial(mode, None, args, None, logs / f"{mode}.log"):
+                pass  # it has compiled, and left that in its cache
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
@@ -1171,7 +1181,7 @@ def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
                 measure_storage(args, mbps, procs, result)
             for together in [modes] if args.side_by_side else [[mode] for mode in modes]:
                 bar.set_postfix_str(f"{', '.join(together)} is starting{at_bandwidth(mbps)}")
-                for mode in together if args.compile_cache else ():
+                for mode in together:
                     check_compile_cache(args, mode)
                 rows = run_together(together, mbps, args, procs, logs)
                 result["trials"] += rows

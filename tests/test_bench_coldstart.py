@@ -253,6 +253,14 @@ def test_compile_cache_is_what_the_run_asks_for(tmp_path):
     args.compile_cache = "warm"
     with pytest.raises(RuntimeError, match="baseline is cold"):
         bench_coldstart.check_compile_cache(args, "baseline")
+    bench_coldstart.check_compile_cache(args, "eager")  # has none
+
+
+def test_eager_is_said_last():
+    args = SimpleNamespace(checkpoint=Path("CKPT"), named_checkpoints={}, stretch=None)
+    args.server_args = ["--no-enforce-eager"]
+    commands = {mode: bench_coldstart.server_command(mode, 1, args) for mode in ("progressive", "eager")}
+    assert commands["eager"] == [*commands["progressive"], "--enforce-eager"]
 
 
 def test_mended_stock_can_load_what_it_has_compiled(tmp_path):
