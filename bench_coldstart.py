@@ -49,9 +49,12 @@ too narrow.
 
 Steps of a start are those of "Breaking the Ice" (arXiv 2606.07362), read from vLLM's own log lines as they arrive (see
 STEP_LINES). They are consecutive and add up to TTFT. What is counted where:
+    imports               of ProgressiveServe, until torch and vLLM are imported; from a standby, until it has forked.
+                          Of stock vLLM, whose processes import in turn, they are in the next
     framework bootstrap   imports, processes, configuration, scheduler, API server: everything that is no other step
-    tokenizer             loading it in the API server. vLLM logs that at level DEBUG, which is switched on for two of
-                          its modules, in every mode alike (VLLM_LOGGING_CONFIG_PATH)
+    tokenizer             loading it in the API server; in ProgressiveServe, whose engine starts beside it, until the
+                          next step of that. vLLM logs it at level DEBUG, which is switched on for two of its modules,
+                          in every mode alike (VLLM_LOGGING_CONFIG_PATH)
     weights               allocate, read, bind, pack. Progressive hides most of it under other steps: there it is only
                           the wait, from the last line of the log on, that ends when the first stage is bound; the
                           first prompt is computed during it, layer by layer
@@ -165,9 +168,9 @@ WATCH_PROMPT = 16  # tokens
 RESAMPLES = 10_000  # of the pairs, for a confidence interval
 GAP_WINDOW = 1.0  # seconds after a transition within which a gap is counted as its own
 
-FRAMEWORK, TOKENIZER, WEIGHTS = "framework bootstrap", "tokenizer", "weights"
+IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS = "imports", "framework bootstrap", "tokenizer", "weights"
 COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN = "compilation", "KV-cache profiling", "graph capture", "first token"
-STEPS = (FRAMEWORK, TOKENIZER, WEIGHTS, COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN)
+STEPS = (IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS, COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN)
 # The first line of the log that matches -> the step that begins there. vLLM 0.32, CPU and GPU.
 STEP_LINES = (
     (r"Loading \w+ for tokenizer_mode=", TOKENIZER),
@@ -184,7 +187,7 @@ STEP_LINES = (
     (r"Starting vLLM server on", FRAMEWORK),
     (r"Waiting for application startup", FRAMEWORK),
 )
-COLOURS = ("#4e79a7", "#b07aa1", "#e15759", "#9c755f", "#edc948", "#76b7b2", "#59a14f")  # of STEPS
+COLOURS = ("#bab0ac", "#4e79a7", "#b07aa1", "#e15759", "#9c755f", "#edc948", "#76b7b2", "#59a14f")  # of STEPS
 # vLLM's default, but the two modules that tell about the tokenizer also log at level DEBUG. vLLM hands it to uvicorn.
 LOGGING_CONFIG = {
     "version": 1,
@@ -550,8 +553,11 @@ class Server:
         pause = MEMORY_PAUSE
         while not self.ended.wait(pause):
             began = time.thread_time()
-            self.peak_pss = max(self.peak_pss, tree_pss(self.parent or self.process.pid))
+            self.look_at_memory()
             pause = max(MEMORY_PAUSE, (time.thread_time() - began) / MEMORY_SHARE)
+
+    def look_at_memory(self) -> None:
+        self.peak_pss = max(self.peak_pss, tree_pss(self.parent or self.process.pid))
 
 
 @contextlib.contextmanager
@@ -635,6 +641,7 @@ def trial_server(
         server.process.start(command, env, str(pipe))
         threading.Thread(target=server.watch_memory, daemon=True).start()
         yield server
+        server.look_at_memory()  # a short trial may have been sampled before it was up only
     finally:
         server.ended.set()
         server.process.stop()
@@ -988,6 +995,7 @@ def split_steps(lines: list[tuple[float, str]], timeline: list[dict], listening:
     if timeline:  # weights arrive while other steps run: only a wait for them is theirs
         marks = [(at, FRAMEWORK if step == WEIGHTS else step) for at, step in marks]
         marks += [(at, FRAMEWORK) for at in [seconds_of(timeline, "model created")] if at < listening]
+        marks += [(0.0, IMPORTS), (seconds_of(timeline, "imported"), FRAMEWORK)]
     marks = sorted([(0.0, FRAMEWORK), *marks, (listening, FIRST_TOKEN)], key=lambda mark: mark[0])
     bound = min(seconds_of(timeline, "bound"), ttft) if timeline else 0.0
     last = max(number for number, (at, _) in enumerate(marks) if at <= bound)
