@@ -2836,6 +2836,18 @@ def set_log_level(args: argparse.Namespace) -> None:
         configure(args)
 
 
+def register_architecture(architecture: str) -> None:
+    """Import the model's class here, and tell vLLM of it.
+
+    Of a class that it knows by name alone vLLM asks a process of its own, which imports everything once more: at the
+    first start on a machine, before its cache has the answer.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    if known := ModelRegistry.models.get(architecture):
+        ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
 def call_engine_core(llm: vllm.LLM, method: str, *args) -> None:
     """Call a method of the engine core, in this process or in its own."""
     client = llm.llm_engine.engine_core
@@ -4092,6 +4104,7 @@ def engine_options(launch: Launch, options: dict) -> dict:
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(STALLED_SECONDS))
     if launch.serving.compile_later and not current_platform.is_cpu():
         refuse_runner_v1()
+    register_architecture(architecture_of(launch.plan))
     gated, unsaid = launch.plan.absent_layers(1), {}
     if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
         unsaid["kv_cache_memory_bytes"] = kv_cache
@@ -4304,14 +4317,13 @@ READ_EARLY = {
 
 def import_late() -> None:
     """Import what a server would import after its start."""
-    from vllm.model_executor.models import ModelRegistry
     from vllm.utils import cpu_resource_utils
 
     for name in (MODULE, *LATE_IMPORTS, *(LATE_IMPORTS_CPU if current_platform.is_cpu() else ())):
         with contextlib.suppress(ModuleNotFoundError):  # of another release: a server imports what it has instead
             importlib.import_module(name)
     for architecture in PLANES_ARCHITECTURES:
-        ModelRegistry.models[architecture].load_model_cls()
+        register_architecture(architecture)
     server_parser()
     if current_platform.is_cpu():
         cpu_resource_utils._get_cpu_list = functools.cache(cpu_resource_utils._get_cpu_list)  # asks lscpu, a process

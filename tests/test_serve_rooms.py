@@ -1482,6 +1482,25 @@ def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
     assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
 
 
+def test_vllm_asks_no_process_about_the_model(split_tiny, tmp_path, monkeypatch):
+    """Where its cache is empty that would take as long as all imports."""
+    from vllm.model_executor.models import ModelRegistry, registry
+
+    import progressive_serve
+
+    lazy = registry._LazyRegisteredModel("vllm.model_executor.models.llama", "LlamaForCausalLM")
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", lazy)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: pytest.fail("a process is asked"))
+    progressive_serve.register_architecture("NoSuchModel")  # is for vLLM to refuse
+    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    try:
+        options = progressive_serve.engine_options(launch, {"max_model_len": 64})
+        vllm.EngineArgs(**options, max_model_len=64).create_model_config()
+    finally:
+        launch.close()
+
+
 @pytest.mark.parametrize(
     "argv, named",
     [
