@@ -142,6 +142,7 @@ GRAPH_LAYER_BYTES = 256 << 10  # of a GPU, per decoder layer of a captured graph
 CAPTURE_MARGIN = 256 << 20  # bytes of a GPU that stay free beside what a capture takes
 CAPTURES_COMPARED = 8  # the last ones, by which the memory of the next one is judged
 IDLE_SECONDS = 1.0  # that a capture waits for a moment without requests
+FIRST_TOKENS_SECONDS = 1.0  # after the last stage, in which nothing stands beside those who wait for their first token
 STAGE_HEADER = b"x-progressive-stage"
 MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
 STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
@@ -3915,6 +3916,7 @@ class Controller:
 
         Requests go on eagerly meanwhile; those that run when the compiled model takes over are recomputed by it.
         """
+        await asyncio.sleep(FIRST_TOKENS_SECONDS)
         try:
             (missing,) = await self.engine.collective_rpc("progressive_compiled")
             reason = await self.compile(**missing) if missing else None
