@@ -1178,9 +1178,10 @@ def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, r
 def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     """Every trial of the run, into `result`, which is written after each of them."""
     turns = schedule(args.modes, args.bandwidths, args.trials)
+    undisturbed = argparse.Namespace(**{**vars(args), "throughput": []})
     for mode in args.modes if args.compile_cache == "warm" else ():
         if compiles(args, mode):
-            with trial(mode, None, args, None, logs / f"{mode}.log"):
+            with trial(mode, None, undisturbed, None, logs / f"{mode}.log"):
                 pass  # it has compiled, and left that in its cache
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
