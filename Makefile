@@ -2,6 +2,7 @@
 #                      vLLM, and ask each stage
 # make demo-adapters   set up everything, train a small LLaMA and adapters for its early stages, and ask each stage
 # make test            set up everything and run the tests
+# make soak            many cold starts, transitions and kills in a row, and what went wrong (half an hour)
 #
 # PYTHON        the interpreter that .venv is made from (default: python3)
 # TORCH_INDEX   URL of PyTorch's CPU wheel index, for machines without a GPU where `pip install torch==2.13.0+cpu` finds
@@ -15,7 +16,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 DEMO_TRAINING := --lr 4e-3 --epochs 15
 SAY := @printf '\n==> %s\n'
 
-.PHONY: demo demo-smollm2 demo-adapters test lint clean
+.PHONY: demo demo-smollm2 demo-adapters test soak lint clean
 .DELETE_ON_ERROR:
 
 COMMA := ,
@@ -64,6 +65,10 @@ test: demo/checkpoint/progressive.json
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m pytest
+
+soak: demo/checkpoint/progressive.json
+	$(SAY) "Cold starts, transitions and kills (half an hour)"
+	@.venv/bin/python tests/soak.py --json demo/results/soak.json
 
 demo/checkpoint/adapters/stage2/training.json: demo/checkpoint/progressive.json train_adapters.py
 	$(SAY) "Training an adapter for stage 1 and for stage 2 (2 to 3 minutes on 2 cores)"

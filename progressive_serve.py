@@ -30,8 +30,13 @@ Stages are of layers, as drawn, or of precision (prune_and_split.py --planes): t
 the bits of later stages sharpen the weights in place, while requests run, before the transition.
 
 Every option after the checkpoint that is not listed by --help goes to vLLM's server unchanged, and every endpoint is
-vLLM's. Two things are added: GET /progress, and the header X-Progressive-Stage on every response, the stage at which
-the request began. The server listens as soon as the engine is up; a request that comes before the first stage waits.
+vLLM's. The server listens as soon as the engine is up; a request that comes before the first stage waits. Added are:
+    GET /progress, GET /progress.html       stages, timeline, error, as JSON and as a page that shows them filling
+    GET /ready, GET /ready?stage=K          200 from the first stage, or stage K, on; before that 503, and why
+    GET /metrics                            progressive_*, beside vLLM's own
+    X-Progressive-Stage                     header of an answer: the stage at which it began
+    progressive_stage                       in its body, and in the last chunks of a stream: where it ended
+    X-Progressive-Min-Stage, "min_stage"    header of a request, or in its body: it waits for that stage
 
 From Python (a notebook, a test), with the stages under your control:
     from progressive_serve import load_llm
@@ -65,6 +70,7 @@ import gc
 import hashlib
 import heapq
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -87,6 +93,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.parse
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -111,6 +118,7 @@ READ_CHUNK = 1 << 20  # bytes; large enough for sequential bandwidth, small enou
 READ_THREADS = 8  # chunks on their way at most
 QUEUE_SECONDS = 0.02  # of reading on their way at once; the server's own small reads wait behind it
 OBJECT_WINDOW = 256 << 20  # bytes on their way from an object store at once
+RETRY_SECONDS = (1.0, 600.0)  # before a stage that could not be read is read again; at last
 GROWTH_SECONDS = 10.0  # how long a folder that is being copied to its place may stand still
 STILL_SECONDS = 1.0  # how long a file has to stand still before it is worth reading again
 NEVER = (1 << 63) - 1  # largest int64
@@ -143,7 +151,14 @@ CAPTURE_MARGIN = 256 << 20  # bytes of a GPU that stay free beside what a captur
 CAPTURES_COMPARED = 8  # the last ones, by which the memory of the next one is judged
 IDLE_SECONDS = 1.0  # that a capture waits for a moment without requests
 FIRST_TOKENS_SECONDS = 1.0  # after the last stage, in which nothing stands beside those who wait for their first token
-STAGE_HEADER = b"x-progressive-stage"
+MIN_STAGE_SECONDS = 300.0  # that a request waits for the stage it wants
+DRAIN_SECONDS = 30.0  # that a transition waits for running requests, where it does
+STAGE_DELAY_SECONDS = 10.0  # that a transition waits for a better moment, where stalls are bounded
+STALL_WATCHED_SECONDS = 60.0  # after a transition, within which the requests that it recomputes have gone on
+STAGE_HEADER = b"x-progressive-stage"  # of a response: where it began
+MIN_STAGE_HEADER = b"x-progressive-min-stage"  # of a request: where it may begin
+MIN_STAGE = "min_stage"  # the same in its body
+END_STAGE = "progressive_stage"  # of an answer's body, and of a stream's last chunk: where it ended
 MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
 STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -214,6 +229,29 @@ class Layers:
     def decoded_bytes(manifest: dict) -> int:
         """What the tensors take at most that are made from the files; 0: they are in there as they are."""
         return 0
+
+    @staticmethod
+    def mismatches(tensors: dict[int, dict[str, str]], stages: list["Layers"]) -> Iterator[tuple[int, str]]:
+        """(stage, what is wrong with its files), whose tensors are given with dtype and shape.
+
+        A stage has its own layers, and all layers have the same tensors.
+        """
+        usual: dict[str, str] = {}
+        for stage, found in tensors.items():
+            layers = collections.defaultdict(dict)
+            for name, value in found.items():
+                if match := LAYER_NAME.match(name):
+                    layers[int(match[1])][name[match.end() :]] = value
+                elif stage > 1:
+                    yield stage, f"it holds {name}, which stage 1 has to bring"
+            if layers.keys() != set(stages[stage - 1].layers):
+                yield stage, f"it holds layers {sorted(layers)} instead of {sorted(stages[stage - 1].layers)}"
+            for layer, values in layers.items():
+                usual = usual or values
+                for name in sorted(usual.keys() | values.keys()):
+                    if values.get(name) != usual.get(name):
+                        has, others = values.get(name, "missing"), usual.get(name, "none")
+                        yield stage, f"model.layers.{layer}.{name} is {has}, and that of other layers {others}"
 
     def absent_layers(self) -> tuple[int, ...]:
         """The layers that the model does without until this stage is active."""
@@ -339,6 +377,14 @@ class Planes:
     def decoded_bytes(manifest: dict) -> int:
         files = manifest["source"]["files"].values()
         return sum(row["bytes"] + ALIGNMENT * len(json.loads(row["header"])) for row in files)
+
+    @staticmethod
+    def mismatches(tensors: dict[int, dict[str, str]], stages: list["Planes"]) -> Iterator[tuple[int, str]]:
+        """Every stage has a record of each matrix."""
+        records = {name for name in tensors.get(1, ()) if name.endswith(RECORD)}
+        for stage in (stage for stage in tensors if stage > 1 and 1 in tensors):
+            for name in sorted(records.symmetric_difference(tensors[stage])):
+                yield stage, f"{name} is {'missing' if name in records else 'not of stage 1'}"
 
     def absent_layers(self) -> tuple[int, ...]:
         return ()
@@ -521,25 +567,36 @@ class Adapter:
         return weight.to(torch.float32, copy=True).addmm_(up, down, alpha=self.scaling)
 
 
-def read_adapters(plan: Plan) -> dict[int, Adapter]:
-    """The adapters of a checkpoint, by stage. Raises UsageError for one that does not fit the checkpoint."""
+def read_adapters(plan: Plan, leave_out: Callable[[UsageError], None] | None = None) -> dict[int, Adapter]:
+    """The adapters of a checkpoint, by stage.
+
+    One that does not fit the checkpoint is left out, and leave_out called with the reason; without that it raises
+    UsageError.
+    """
     folders = [path for path in (plan.root / "adapters").glob("[!.]*") if path.is_dir()]
     if folders and plan.kind is Planes:
         raise UsageError(
             f"{folders[0]}: adapters make up for missing layers, and stages of planes miss none; remove it"
         )
-    stages = {f"stage{stage.number}": stage.number for stage in plan.stages[:-1]}
+    stages, found = {f"stage{stage.number}": stage.number for stage in plan.stages[:-1]}, {}
     for folder in folders:
-        if folder.name not in stages:
-            raise UsageError(
-                f"{folder} belongs to no stage: adapters are for {', '.join(stages) or 'none here'}\n"
-                "remove it, or serve with --no-adapters"
-            )
-    return {stages[folder.name]: read_adapter(plan, stages[folder.name], folder) for folder in folders}
+        try:
+            if folder.name not in stages:
+                raise UsageError(
+                    f"{folder} belongs to no stage: adapters are for {', '.join(stages) or 'none here'}\n"
+                    "remove it, or serve with --no-adapters"
+                )
+            found[stages[folder.name]] = read_adapter(plan, stages[folder.name])
+        except UsageError as error:
+            if not leave_out:
+                raise
+            leave_out(error)
+    return found
 
 
-def read_adapter(plan: Plan, stage: int, folder: Path) -> Adapter:
+def read_adapter(plan: Plan, stage: int) -> Adapter:
     """Check one adapter: its kind, the checksums of its base, its layers and shapes. Raises UsageError."""
+    folder = plan.root / "adapters" / f"stage{stage}"
 
     def refuse(reason: str) -> None:
         raise UsageError(f"{folder} {reason}\ntrain it again with train_adapters.py, or serve with --no-adapters")
@@ -725,9 +782,13 @@ def fetch_small_files(source: str, folder: Path) -> None:
         raise UsageError(f"{source} cannot be read: {error}") from error
 
 
-def check_files(plan: Plan, location: Location) -> None:
-    """Raises UsageError for a local file that is missing or has another size, unless it is just being copied there."""
-    for path, size in ((location.path_of(file), file.bytes) for file in plan.files):
+def check_files(plan: Plan, location: Location, min_stage: int) -> None:
+    """Raises UsageError for a local file that is missing or has another size, unless it is just being copied there.
+
+    Only of what has to be there for the first answer: the reader waits for the rest to be put right.
+    """
+    files = [file for stage in plan.stages[:min_stage] for file in stage.files]
+    for path, size in ((location.path_of(file), file.bytes) for file in files):
         if is_uri(path):
             continue
         found = os.stat(path).st_size if os.path.isfile(path) else None
@@ -738,6 +799,34 @@ def check_files(plan: Plan, location: Location) -> None:
             continue
         state = "is missing" if found is None else f"has {found} bytes instead of {size}"
         raise UsageError(f"{path} {state}\ncopy the checkpoint again, or make it again with prune_and_split.py")
+
+
+def read_header(path: str) -> dict[str, str]:
+    """Dtype and shape of each tensor of a safetensors file, as text.
+
+    Raises OSError, ValueError, KeyError, TypeError for what is none.
+    """
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: f"{entry['dtype']} {entry['shape']}" for name, entry in header.items() if name != "__metadata__"}
+
+
+def check_headers(plan: Plan, location: Location) -> None:
+    """Raises UsageError where stage files do not hold what the manifest says of them, as far as their headers tell.
+
+    Files that are not whole are left to the reader, damaged ones to their checksums.
+    """
+    tensors = {}  # stage -> its tensors, where all of its files are here
+    for stage in plan.stages:
+        sizes = {location.path_of(file): file.bytes for file in stage.files}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if all(not is_uri(path) and os.path.getsize(path) == size for path, size in sizes.items()):
+                tensors[stage.number] = dict(itertools.chain(*(read_header(path).items() for path in sizes)))
+    for number, reason in plan.kind.mismatches(tensors, [stage.adds for stage in plan.stages]):
+        files = ", ".join(file.name for file in plan.stages[number - 1].files)
+        raise UsageError(
+            f"{plan.root}: {files} does not fit progressive.json: {reason}\nmake it again with prune_and_split.py"
+        )
 
 
 def is_settled(path: str) -> bool:
@@ -767,6 +856,10 @@ class ServingPlan:
     adapters: tuple[int, ...] = ()  # stages that are served with an adapter
     compile_later: bool = False  # what vLLM is to compile comes after the last stage, and after the tokens
     compile_timeout: float = COMPILE_SECONDS  # it stays eager if that takes longer
+    min_stage_timeout: float = MIN_STAGE_SECONDS  # a request waits no longer for the stage that it wants
+    drain_timeout: float = 0.0  # seconds that a transition waits for running requests before it recomputes them
+    max_stall: float | None = None  # seconds that a transition may stop them, or it waits for a better moment
+    max_stage_delay: float = STAGE_DELAY_SECONDS  # but no longer than that
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "ServingPlan":
@@ -840,7 +933,10 @@ class Journal:
         "reading": ("reader", ("stage",)),
         "read": ("reader", ("file", "bytes")),  # so many bytes of a file have arrived
         "resident": ("reader", ("stage",)),  # all bytes have arrived and are verified
+        "spoilt": ("reader", ("stage", "text")),  # its bytes are bad; they are read again until they are good
+        "mended": ("reader", ("stage",)),
         "not cached": ("reader", ("file", "reason")),
+        "not adapted": ("server", ("reason",)),  # an adapter is left out
         "imported": ("server", ()),  # torch and vLLM
         "offered": ("decoder", ("stage",)),  # what workers bind next; its tensors are there or being made
         "tensor": ("decoder", ("stage", "name", "dtype", "shape", "begin", "end")),  # is made, and where it lies
@@ -850,12 +946,13 @@ class Journal:
         "bound": ("worker", ("stage", "rank")),
         "ready": ("server", ()),  # it listens
         "active": ("controller", ("stage", "pause")),  # pause: seconds that the transition has taken
+        "recomputed": ("controller", ("stage", "requests", "tokens", "seconds")),  # all have had a token of that stage
         "compiling": ("controller", ()),  # what the cache does not hold, in a process of its own
         "compiled": ("controller", ("pause", "graphs")),  # and in use; so many graphs will be captured, None on a CPU
         "captured": ("controller", ("size", "mode", "seconds")),  # a graph of so many tokens; the pause that it took
         "not captured": ("controller", ("reason", "graphs")),  # no more are; the first so many of them stay in use
         "not compiled": ("controller", ("reason",)),  # the server stays as it is
-        "error": ("whoever meets it", ("text", "stage")),  # the first stage that is spoilt
+        "error": ("whoever meets it", ("text", "stage")),  # for good; the first stage that cannot be served
     }
 
     def __init__(self, path: str | Path):
@@ -907,8 +1004,9 @@ class Arrivals:
     created: bool = False  # whether a worker has an empty model
     bound: dict[int, set[int]] = field(default_factory=dict)  # stage -> ranks that have bound it
     first: FirstStage | None = None  # once it is decided
-    error: str | None = None  # the first one
-    spoilt: int | None = None  # the first stage that an error keeps from being served
+    errors: dict[int, str] = field(default_factory=dict)  # for good: the first stage that is spoilt -> why
+    bad: dict[int, str] = field(default_factory=dict)  # stage -> what is wrong with its bytes, until they are mended
+    times_bad: collections.Counter[int] = field(default_factory=collections.Counter)  # by stage
 
     def fold(self, events: list[dict]) -> None:
         for event in events:
@@ -935,9 +1033,26 @@ class Arrivals:
             self.bound.setdefault(fields["stage"], set()).add(fields["rank"])
         elif event == "binding":
             self.first = FirstStage(fields["stage"], fields["serve"], fields["streamed"], fields["ranks"])
+        elif event == "spoilt":
+            self.bad[fields["stage"]] = fields["text"]
+            self.times_bad[fields["stage"]] += 1
+        elif event == "mended":
+            self.bad.pop(fields["stage"], None)
+            self.offered = [stage for stage in self.offered if stage < fields["stage"]]
+            for stage in range(fields["stage"], self.plan.num_stages + 1):  # the decoder makes them anew
+                self.tensors[stage].clear()
         elif event == "error":
-            self.error = self.error or fields["text"]
-            self.spoilt = min(self.spoilt or self.plan.num_stages, fields["stage"])
+            self.errors.setdefault(fields["stage"], fields["text"])
+
+    @property
+    def error(self) -> str | None:
+        """The first one there is."""
+        return next(iter((self.errors | self.bad).values()), None)
+
+    @property
+    def spoilt(self) -> int | None:
+        """The first stage that an error keeps from being served."""
+        return min(self.errors | self.bad, default=None)
 
     def resident_stage(self) -> int:
         """The most complete stage whose bytes have all arrived."""
@@ -1003,6 +1118,10 @@ class Progress(Arrivals):
     def served_stage(self) -> int:
         """The stage whose answers can be relied upon: active, and spoilt by no error. 0: none."""
         return min(self.active_stage, self.last_stage())
+
+    def seconds_until(self, stage: int) -> float:
+        """Until `stage` is likely to be served: until its last byte, for what comes after is short."""
+        return 0.0 if stage <= self.active_stage else max(1.0, self.seconds_until_resident(stage))
 
     def state_of(self, stage: Stage) -> str:
         """For GET /progress: absent, loading, resident or active."""
@@ -1088,6 +1207,12 @@ class WeightBuffer:
             row[:] = array.array("q", [0 if column in expected else NEVER for column in range(len(row))])
         self.expect(workers=1)
 
+    def refill(self, name: str | int) -> None:
+        """A place is filled once more: nobody is done with any of it."""
+        for row in self.marks:
+            if row[column := self.columns[name]] != NEVER:
+                row[column] = 0
+
     def expect(self, workers: int) -> None:
         """Keep everything until that many workers are done with it."""
         for row in self.marks[self.WORKERS : self.WORKERS + workers]:
@@ -1160,6 +1285,13 @@ class Inflow:
     def wait_resident(self, stage: int) -> None:
         self.wait(lambda arrivals: arrivals.resident_stage() >= stage, stage)
 
+    def wait_mended(self, stage: int) -> None:
+        """Wait while bytes of `stage`, or of one before it, are bad."""
+        self.follow()
+        while min(self.arrivals.bad, default=NEVER) <= stage:
+            time.sleep(PARENT_POLL_SECONDS)
+            self.follow()
+
     def tensors_of(self, stage: Stage, keep: bool = False) -> Iterator[tuple[str, str, list[int], memoryview]]:
         """(name, dtype, shape, bytes) of the tensors in a stage's files, each as soon as it is here.
 
@@ -1194,6 +1326,8 @@ class Inflow:
 
 # ---- reader: storage is never idle (reader) ---------------------------------------------------------
 
+READ_ERRORS = (OSError, ValueError, UsageError)
+
 
 @dataclass(frozen=True)
 class ReadJob:
@@ -1221,7 +1355,8 @@ class StageReader:
     """
 
     def __init__(self, job: ReadJob):
-        self.plan, self.journal, self.hold_stage = read_plan(job.root), Journal(job.journal), job.hold_stage
+        self.plan, self.journal = read_plan(job.root), Journal(job.journal)
+        self.min_stage, self.hold_stage = job.min_stage, job.hold_stage
         self.location = Location(Path(job.root), job.source, job.keep)
         self.buffer = WeightBuffer(job.buffer, self.plan)
         self.pace = Pace(self.buffer, job.window, job.limit_mbps * 1e6)
@@ -1236,16 +1371,38 @@ class StageReader:
                     self.journal.mark("not cached", file="config.json", reason="the small files could not be written")
                 for stage in self.plan.stages[: self.hold_stage]:
                     self.journal.mark("reading", stage=stage.number)
-                    for file in stage.files:
-                        self.read_file(file)
+                    self.read_stage(stage)
                     self.journal.mark("resident", stage=stage.number)
-        except (OSError, ValueError, UsageError) as error:
+        except READ_ERRORS as error:
             self.journal.mark("error", text=str(error), stage=stage.number)
             return 1
         return 0
 
-    def read_file(self, file: StageFile) -> None:
-        """Read one file into its place and hash it on the way.
+    def read_stage(self, stage: Stage) -> None:
+        """Read the files of a stage; again and again until they are good, unless it has to be there for any answer.
+
+        That is when one has changed, and every now and then where one could not be read, or lies elsewhere.
+        """
+        paths, (pause, longest) = [self.location.path_of(file) for file in stage.files], RETRY_SECONDS
+        for attempt in itertools.count():
+            before = list(map(state_of, paths))
+            try:
+                for file in stage.files:
+                    if attempt:
+                        self.buffer.refill(file.name)
+                    self.read_file(file, early=not attempt)
+                return self.journal.mark("mended", stage=stage.number) if attempt else None
+            except READ_ERRORS as error:
+                if stage.number <= self.min_stage:
+                    raise
+                self.journal.mark("spoilt", stage=stage.number, text=str(error))
+                by_time = isinstance(error, OSError) or any(map(is_uri, paths))
+            until, pause = time.monotonic() + pause, min(2 * pause, longest)
+            while list(map(state_of, paths)) == before and not (by_time and time.monotonic() > until):
+                time.sleep(PARENT_POLL_SECONDS)
+
+    def read_file(self, file: StageFile, early: bool = True) -> None:
+        """Read one file into its place and hash it on the way. early: hand out what is not verified yet.
 
         What has arrived is handed out at once. Not so of a file that has changed lately: it may still be on its way to
         the folder, and where a copier has made room for all of it, zeros stand for what is missing. Such a file is read
@@ -1263,21 +1420,24 @@ class StageReader:
         before = sum(earlier.bytes for earlier in itertools.takewhile(file.__ne__, self.plan.files))
         read = read_object if is_uri(path) else read_local
         whole = is_uri(path) or from_cache or (is_settled(path) and os.path.getsize(path) == file.bytes)
-        while True:
-            state, hasher, done = state_of(path), blake3(max_threads=blake3.AUTO), 0
-            for end in read(path, place, functools.partial(self.pace.turn, before)):
-                hasher.update(place[done:end])
-                if whole:
-                    self.hand_out(file, copy, done, end)
-                done = end
-            verified = hasher.hexdigest() == file.blake3
-            if verified or whole or not has_changed(path, state):
-                break
-        if verified and not whole:
-            self.hand_out(file, copy, 0, file.bytes)
-        if copy:
-            self.writer.submit(copy.close, verified)
-        elif from_cache:
+        early, verified = early and whole, False
+        try:
+            while True:
+                state, hasher, done = state_of(path), blake3(max_threads=blake3.AUTO), 0
+                for end in read(path, place, functools.partial(self.pace.turn, before)):
+                    hasher.update(place[done:end])
+                    if early:
+                        self.hand_out(file, copy, done, end)
+                    done = end
+                verified = hasher.hexdigest() == file.blake3
+                if verified or whole or not has_changed(path, state):
+                    break
+            if verified and not early:
+                self.hand_out(file, copy, 0, file.bytes)
+        finally:
+            if copy:
+                self.writer.submit(copy.close, verified)
+        if from_cache:
             self.buffer.release(file.name, file.bytes, self.buffer.CACHE)
         if not verified and from_cache:
             with contextlib.suppress(OSError):  # a cache that can only be read
@@ -1502,16 +1662,32 @@ class Decoder(Inflow):
         try:
             import_for_decoding()
             with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                while self.stage < self.last_stage():
-                    self.stage = self.due()
-                    self.decode(pool.map)
+                while self.stage < min(self.hold_stage, min(self.arrivals.errors, default=NEVER) - 1):
+                    self.wait_mended(self.stage + 1)
+                    self.decode_next(pool.map)
         except StageSpoilt:
             return
         except Exception as error:
-            with contextlib.suppress(StageSpoilt):  # a wrong checksum says more than the error that it has led to
-                stage = max(1, self.stage)
-                self.wait_resident(stage)
-                self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
+            stage = max(1, self.stage)
+            self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
+
+    def decode_next(self, run: Callable) -> None:
+        """Decode the stage that is due; once more when its bytes have been bad. Raises StageSpoilt for an error."""
+        before = self.stage
+        try:
+            self.stage = self.due()
+            if before:
+                self.buffer.refill(self.stage)
+            try:
+                self.decode(run)
+            except Exception:
+                self.wait_resident(self.stage)  # a wrong checksum says more than the error that it has led to
+                raise
+        except StageSpoilt:
+            if self.arrivals.errors or not before:
+                raise
+            self.wait_mended(self.stage)
+            self.stage = before
 
     def last_stage(self) -> int:
         """The last one to be decoded: no error is known that spoils it."""
@@ -1528,7 +1704,7 @@ class Decoder(Inflow):
             return max(self.min_stage, min(self.arrivals.resident_stage(), self.start_stage))
         later = range(self.stage + 1, self.last_stage() + 1)
         soon = [stage for stage in later if self.arrivals.seconds_until_resident(stage) <= 4 * self.busy]
-        return max([*later[:1], *soon])
+        return max([*later[:1], *soon], default=self.stage + 1)
 
     def follow(self) -> None:
         super().follow()
@@ -1712,13 +1888,12 @@ class Launch:
     def start_failure(self) -> str | None:
         """The error that kept the server from serving any stage, if there was one."""
         progress = self.progress()
-        served = min(progress.served_stage(), progress.bound_stage())
-        return None if served >= self.serving.min_stage else progress.error
+        return progress.error if progress.last_stage() < self.serving.min_stage else None
 
     def close(self) -> None:
         """End the reader and give the memory back. Once, however often it is called."""
         self.closing = True
-        self.reader.terminate()
+        self.reader.kill()  # also where it is stopped; whatever it was writing is known to be half
         while self.memory:
             os.close(self.memory.pop())
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -1732,6 +1907,7 @@ def start_reading(
     max_loss: float | None = None,
     hold_stage: int | None = None,
     adapters: bool = True,
+    lenient: bool = False,
     untested: bool = False,
     cache_dir: Path | None = None,
     limit_mbps: float = 0.0,
@@ -1739,15 +1915,14 @@ def start_reading(
 ) -> Launch:
     """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters.
 
-    min_stage: nobody is answered below it; None: see choose_min_stage. start: time.monotonic() at which the server's
-    process began.
+    min_stage: nobody is answered below it; None: see choose_min_stage. lenient: leave out adapters that are bad. start:
+    time.monotonic() at which the server's process began.
     """
     scratch = Path(tempfile.gettempdir()) / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
     try:
         location = locate(checkpoint, cache_dir, scratch)
         plan = read_plan(location.root)
         check_architecture(plan, untested)
-        check_files(plan, location)
         hold_stage = plan.num_stages if hold_stage is None else hold_stage
         start_stage = hold_stage if start_stage is None else start_stage
         if not 1 <= hold_stage <= plan.num_stages:
@@ -1758,6 +1933,7 @@ def start_reading(
             raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
         if not 1 <= start_stage <= hold_stage:
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {hold_stage}")
+        check_files(plan, location, min_stage)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -1785,13 +1961,19 @@ def start_reading(
     serving = ServingPlan(journal_path, buffer, start_stage, min_stage, hold_stage)
     launch = Launch(plan, serving, journal, reader, [of_buffer, of_journal], scratch)
     threading.Thread(target=launch.watch_reader, daemon=True, name="watch-reader").start()
-    if adapters:  # looked at while storage works already
-        try:
-            adapted = tuple(stage for stage in sorted(read_adapters(plan)) if stage <= hold_stage)
-        except UsageError:
-            launch.close()
-            raise
-        launch.serving = replace(serving, adapters=adapted)
+
+    def leave_out(error: UsageError) -> None:
+        say(f"warning: left out, as --lenient-adapters says: {error}")
+        journal.mark("not adapted", reason=str(error))
+
+    try:  # looked at while storage works already
+        check_headers(plan, location)
+        if adapters:
+            adapted = sorted(read_adapters(plan, leave_out if lenient else None))
+            launch.serving = replace(serving, adapters=tuple(stage for stage in adapted if stage <= hold_stage))
+    except UsageError:
+        launch.close()
+        raise
     return launch
 
 
@@ -1841,10 +2023,22 @@ def seconds(text: str) -> float:
     return value
 
 
+def milliseconds(text: str) -> float:
+    """In seconds."""
+    return seconds(text) / 1000
+
+
 def of_reading(args: argparse.Namespace) -> dict:
     """Those of our own options that start_reading() takes."""
-    others = ("compile_later", "compile_timeout", "standby", "from_standby")
-    return {name: value for name, value in vars(args).items() if name not in others}
+    names = inspect.signature(start_reading).parameters.keys()
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def of_serving(args: argparse.Namespace) -> dict:
+    """Those that the running server goes by, as ServingPlan has them."""
+    drain_timeout = args.drain_timeout if args.transition == "drain" else 0.0
+    names = ("compile_timeout", "min_stage_timeout", "max_stall", "max_stage_delay")
+    return {"drain_timeout": drain_timeout} | {name: getattr(args, name) for name in names}
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -1877,7 +2071,50 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--no-adapters", dest="adapters", action="store_false", help="leave the stages' adapters out, if there are any"
     )
     group.add_argument(
+        "--lenient-adapters",
+        dest="lenient",
+        action="store_true",
+        help="leave out an adapter that is damaged or does not fit, and say so, instead of refusing the checkpoint",
+    )
+    group.add_argument(
         "--untested-architecture", dest="untested", action="store_true", help="serve planes of any model that vLLM has"
+    )
+    group = parser.add_argument_group("requests and transitions")
+    group.add_argument(
+        "--min-stage-timeout",
+        type=seconds,
+        default=MIN_STAGE_SECONDS,
+        metavar="S",
+        help="a request that wants a stage (min_stage in its body, or the header X-Progressive-Min-Stage) waits for it "
+        "so long at most (default: %(default)g s)",
+    )
+    group.add_argument(
+        "--transition",
+        choices=["recompute", "drain"],
+        default="recompute",
+        help="what becomes of running requests: their K and V are recomputed and they go on at the new stage, or they "
+        "end at their stage first, while new ones wait (default: %(default)s)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=seconds,
+        default=DRAIN_SECONDS,
+        metavar="S",
+        help="... but so long at most, and those that still run are recomputed then (default: %(default)g s)",
+    )
+    group.add_argument(
+        "--max-stall",
+        type=milliseconds,
+        metavar="MS",
+        help="a transition that would stop running requests for longer waits for a better moment, or for the next "
+        "stage (default: none waits)",
+    )
+    group.add_argument(
+        "--max-stage-delay",
+        type=seconds,
+        default=STAGE_DELAY_SECONDS,
+        metavar="S",
+        help="... but so long at most (default: %(default)g s)",
     )
     group = parser.add_argument_group("reading")
     group.add_argument(
@@ -2519,15 +2756,13 @@ class AdapterSwap:
         """Whether a module that is bound for `stage` will be bound again later."""
         return stage < self.last_stage and stage <= self.last_touched.get(path, 0)
 
-    def modules_bound_anew(self) -> list[nn.Module]:
-        return [self.model.get_submodule(path) for path in self.last_touched if self.is_bound_anew(path, 1)]
-
     def arrive(self, name: str, tensor: torch.Tensor, stage: int) -> torch.Tensor:
         """What to bind for a weight that has arrived and will be served at `stage` first."""
         path = self.module_path(name)
         with self.lock:
             if self.is_bound_anew(path, stage):
-                self.touched.setdefault(path, Touched(stage, stage)).weights.append(name)
+                touched = self.touched.setdefault(path, Touched(stage, stage))
+                touched.weights = [*(known for known in touched.weights if known != name), name]
                 staged = self.placing.staged(tensor)
                 self.originals[name] = tensor.clone() if staged is tensor else staged  # its bytes will be gone
             return self.merge(name, tensor, stage)
@@ -2608,11 +2843,18 @@ class StageSource(Inflow):
 
     def next_stage(self, bound: int) -> int:
         """What to bind after stage `bound`, 0 for none: what is offered next, or one that has arrived."""
+        if bound:
+            self.wait_mended(bound + 1)
         if not self.plan.is_decoded:
             self.follow()
             return bound + 1 if bound else self.arrivals.resident_stage()
-        self.wait(lambda arrivals: max(arrivals.offered, default=0) > bound, bound + 1)
-        return next(stage for stage in self.arrivals.offered if stage > bound)
+
+        def offered(arrivals: Arrivals) -> int | None:
+            sound = min(arrivals.bad, default=NEVER)
+            return next((stage for stage in arrivals.offered if bound < stage < sound), None)
+
+        self.wait(offered, bound + 1)
+        return offered(self.arrivals)
 
     def weights(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor on the CPU) in the order of the forward pass, each as soon as its bytes are here.
@@ -2658,8 +2900,7 @@ class Binding:
         self.graph_is_fixed = graph_is_fixed(vllm_config)
         device = next(model.parameters()).device  # each worker has a GPU of its own
         self.gates = install_gates(model, plan.absent_layers(1), self.graph_is_fixed, device)
-        adapters = read_adapters(plan) if self.serving.adapters else {}
-        adapters = {stage: adapters[stage] for stage in self.serving.adapters}
+        adapters = {stage: read_adapter(plan, stage) for stage in self.serving.adapters}
         self.adapters = AdapterSwap(model, adapters, self.serving.hold_stage, placing)
         self.missing = {name for name, _ in model.named_parameters()}  # parameters that no tensor has been loaded into
         inner = model.model
@@ -2672,9 +2913,7 @@ class Binding:
 
     def leave_empty(self) -> None:
         """Before vLLM's own post-processing."""
-        refilled = self.plan.is_decoded and self.serving.hold_stage > 1
-        rebound = linears(self.model.model) if refilled else self.adapters.modules_bound_anew()
-        self.placing.leave_empty(rebound)
+        self.placing.leave_empty(linears(self.model.model) if self.serving.hold_stage > 1 else [])
 
     def start(self) -> None:
         """After it: fill the parameters from here on, in the background."""
@@ -2690,19 +2929,14 @@ class Binding:
                 bound = 0
                 while bound < self.serving.hold_stage:
                     number = bound + 1
-                    until = self.source.next_stage(bound) if bound else first.bind
-                    together, served_at = self.plan.stages[bound:until], max(until, first.serve)
-                    self.adapters.prepare(served_at)
-                    if self.placing.fills_while_serving:
-                        self.fill(together, served_at)
-                    else:  # activate() will
-                        self.source.wait_resident(until)
-                        self.to_fill.append(until)
-                    for stage in together:
-                        self.journal.mark("bound", stage=stage.number, rank=self.rank)
-                    self.verified.set()
-                    give_back_memory()
-                    bound = until
+                    try:
+                        until = self.source.next_stage(bound) if bound else first.bind
+                        self.bind(self.plan.stages[bound:until], max(until, first.serve))
+                        bound = until
+                    except StageSpoilt:
+                        if not bound or self.source.arrivals.errors:
+                            raise
+                        logger.warning("stage %d is bound anew once its bytes are mended", number)
             self.placing.finish()
         except Exception as error:
             failure = f"binding stopped: {error}"
@@ -2712,6 +2946,19 @@ class Binding:
                     event.set()  # whoever waits learns of it
             self.journal.mark("error", text=failure, stage=number)
             logger.exception("binding stage %d failed", number)
+
+    def bind(self, stages: tuple[Stage, ...], served_at: int) -> None:
+        """Bind stages that will be served at stage `served_at` first. Raises StageSpoilt for bytes that are bad."""
+        self.adapters.prepare(served_at)
+        if self.placing.fills_while_serving:
+            self.fill(stages, served_at)
+        else:  # activate() will
+            self.source.wait_resident(stages[-1].number)
+            self.to_fill.append(stages[-1].number)
+        for stage in stages:
+            self.journal.mark("bound", stage=stage.number, rank=self.rank)
+        self.verified.set()
+        give_back_memory()
 
     def agree_on_first_stage(self) -> FirstStage:
         """What to bind first. One worker decides, by what has arrived by now; the others follow it."""
@@ -2728,6 +2975,7 @@ class Binding:
         served_at: the stage that they will be served at first. Part by part: vLLM's loaders look up the parameters when
         they begin, and a part that was packed has others.
         """
+        failure, times_bad = None, self.times_bad(stages)
         try:
             with self.placing.copying:
                 by_part = itertools.groupby(self.arriving(stages), key=lambda weight: self.part_of(weight[0]))
@@ -2739,8 +2987,16 @@ class Binding:
                     if part in self.complete:  # the norm waits for the checksums
                         self.complete[part].set()
             self.check_whole(stages[-1].number)
-        finally:
-            self.source.wait_resident(stages[-1].number)  # a wrong checksum says more than the error that it has led to
+        except Exception as error:
+            failure = error
+        self.source.wait_resident(stages[-1].number)  # a wrong checksum says more than the error that it has led to
+        if self.times_bad(stages) != times_bad:
+            raise StageSpoilt("bytes have been read anew that were in use already") from failure
+        if failure:
+            raise failure
+
+    def times_bad(self, stages: tuple[Stage, ...]) -> int:
+        return sum(self.source.arrivals.times_bad[stage.number] for stage in stages)
 
     def arriving(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of stages, for who holds `placing.copying`, which others can have while this waits for bytes."""
@@ -3079,14 +3335,31 @@ def defer_kv_cache_zeroing() -> None:
     setattr(owner, name, allocate_lazily)
 
 
+def cpu_memory() -> int:
+    """Bytes that are free, as vLLM finds them."""
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    return min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
+
+
+def check_cpu_memory(launch: Launch) -> None:
+    """Raises UsageError where the full model does not fit; a GPU has room for it from the start, or vLLM says so."""
+    stages = launch.plan.stages[: launch.serving.hold_stage]
+    whole = launch.plan.decoded_bytes or sum(stage.bytes for stage in stages)
+    missing = whole - sum(launch.progress().read.values())  # what has arrived takes memory already
+    if missing > (free := cpu_memory()):
+        raise UsageError(
+            f"{launch.plan.root} needs {whole / 2**30:.1f} GiB, of which {missing / 2**30:.1f} are still to come, and "
+            f"{free / 2**30:.1f} GiB of memory are free: make room, or take a smaller model"
+        )
+
+
 def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
     """Size of the KV cache of each CPU worker where the user has not said any; None: vLLM does as it was told.
 
     vLLM takes 92 % of a NUMA node's memory, and does not start where others hold the rest. This takes half of what is
     free beside the weights, and no more than CPU_KV_CACHE, or one sequence of the full length if that needs more.
     """
-    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
-
     sized_by = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE") or any(options.get(name) is not None for name in sized_by):
         return None
@@ -3095,8 +3368,7 @@ def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     length = config["max_position_embeddings"]
     sequence = 2 * 4 * config["num_hidden_layers"] * heads * head * length  # K and V, in float32 at most
-    free = min(get_memory_node_info(node).available_memory for node in get_visible_memory_node())
-    free -= sum(stage.bytes for stage in plan.stages)
+    free = cpu_memory() - sum(stage.bytes for stage in plan.stages)
     return max(0, min(max(CPU_KV_CACHE, sequence), free // 2)) // (options.get("tensor_parallel_size") or 1)
 
 
@@ -3200,7 +3472,8 @@ class Packed(Placing):
         if part is self.model.model.norm:
             self.unpack_head()
         elif part in self.filled:
-            self.again = [self.packed[module] for module in linears(part) if self.packed[module].is_packed()]
+            packed = [self.packed[module] for module in linears(part)]  # or was, when the bytes turned out bad
+            self.again = [linear for linear in packed if linear.is_packed() or linear in self.again]
             for linear, room in zip(self.again, self.rooms([linear.shape for linear in self.again]), strict=True):
                 linear.unpack(room)
         else:
@@ -3809,9 +4082,55 @@ class StageLost(RuntimeError):
     """What the workers hold is no stage that could be named, so it must not be served."""
 
 
+class Refused(Exception):
+    """A request that is not answered: with this HTTP status, and with seconds after which it may be tried again."""
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
 def first_failure(failures: list[str | None]) -> str:
     """The first failure among what the workers have returned."""
     return next(filter(None, failures))
+
+
+class Stalls:
+    """What a transition costs those who wait for their next token: K and V of every token before it, once more."""
+
+    def __init__(self, engine):
+        self.requests = engine.output_processor.request_states  # of vLLM 0.26 to 0.32; by id
+        self.speed: float | None = None  # tokens that were recomputed in a second, at the last transition
+
+    def in_flight(self) -> dict[str, int]:
+        """Requests that have had tokens, and how many there are of each, with those of its prompt."""
+        running = {name: request for name, request in self.requests.items() if not request.is_prefilling}
+        return {
+            name: request.prompt_len + (request.detokenizer.num_output_tokens() if request.detokenizer else 0)
+            for name, request in running.items()
+        }
+
+    def expected(self) -> float:
+        """Seconds for those that are in flight now; 0 before there is anything to judge by."""
+        speed = self.speed or max(map(self.prefill_speed, self.requests.values()), default=0.0)
+        return sum(self.in_flight().values()) / speed if speed else 0.0
+
+    @staticmethod
+    def prefill_speed(request) -> float:
+        """Tokens in a second, of a request's prompt; 0 while it is not known."""
+        took = request.stats.first_token_ts - request.stats.scheduled_ts if request.stats else 0.0
+        return request.prompt_len / took if took > 0 and not request.is_prefilling else 0.0
+
+    async def watch(self, stopped: dict[str, int], began: float) -> float:
+        """Wait until each request that was in flight then has had a token more. Returns seconds since `began`."""
+        waiting = stopped
+        while waiting and time.monotonic() - began < STALL_WATCHED_SECONDS:
+            await asyncio.sleep(POLL_SECONDS)
+            now = self.in_flight()
+            waiting = {name: tokens for name, tokens in waiting.items() if now.get(name, NEVER) <= tokens}
+        took = time.monotonic() - began
+        self.speed = sum(stopped.values()) / took
+        return took
 
 
 class Controller:
@@ -3822,12 +4141,53 @@ class Controller:
         self.journal = Journal(self.serving.journal)
         self.progress = Progress(read_plan(engine.vllm_config.model_config.model), serving=self.serving)
         self.progress.optimized = "compiled" if graph_is_fixed(engine.vllm_config) else "eager"
+        self.stalls = Stalls(engine)
         self.answering = 0  # requests that are being answered
-        self.decided = asyncio.Event()  # a first stage is active, or there will be none
+        self.waiting = 0  # requests that wait for a stage
+        self.ended = False  # whether there will be no other stage
+        self.changed = asyncio.Event()  # is set, and replaced, when there is another stage, or `ended`
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
+        self.due: float | None = None  # since when a transition could be made that waits for a better moment
+        self.tasks: set[asyncio.Task] = set()  # that watch stalls; a loop alone does not keep them
 
     def update(self) -> None:
         self.progress.fold(self.journal.follow())
+
+    def announce(self) -> None:
+        """Wake those who wait for a stage."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def end(self) -> None:
+        """There will be no other stage: nobody needs to wait."""
+        self.ended = True
+        self.announce()
+
+    async def begin(self, wanted: int | None) -> int:
+        """The stage at which a request begins: from `wanted` on, for which it waits (None: any). Raises Refused."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(wanted and self.serving.min_stage_timeout):
+                while True:
+                    changed = self.changed
+                    async with self.switching:
+                        stage = self.progress.served_stage()
+                    if stage >= (wanted or 1):
+                        return stage
+                    if self.ended or (wanted or 1) > self.progress.last_stage():
+                        raise Refused(503, self.why_never(wanted or 1))
+                    await changed.wait()
+        except TimeoutError:
+            message = f"stage {wanted} is not there after {self.serving.min_stage_timeout:g} s: ask for less, or later"
+            raise Refused(503, message, self.progress.seconds_until(wanted)) from None
+        finally:
+            self.waiting -= 1
+
+    def why_never(self, stage: int) -> str:
+        """Why `stage` is not served, and nobody should wait for it."""
+        if stage > self.serving.hold_stage:
+            return f"this server goes no further than stage {self.serving.hold_stage}"
+        return without_folders(self.progress.error or "the server is shutting down")
 
     def next_stage(self) -> int:
         """The stage to be served now: the policy. At the start FirstStage.serve, or what is complete beyond it."""
@@ -3841,36 +4201,58 @@ class Controller:
         arriving = first.streamed and progress.seconds_until_resident(first.serve) < STREAMED_SECONDS
         return first.serve if arriving else 0
 
+    def is_good_moment(self, stage: int) -> bool:
+        """Whether a transition to `stage` may stop those who wait for their next token: --max-stall."""
+        now, serving = time.monotonic(), self.serving
+        if serving.max_stall is None or not self.stalls.in_flight():
+            return True
+        self.due = self.due or now
+        left = self.due + serving.max_stage_delay - now
+        if left <= 0:
+            return True
+        if stage < self.progress.last_stage() and self.progress.seconds_until_resident(stage + 1) < left:
+            return False  # then both at once
+        return self.stalls.expected() <= serving.max_stall
+
     async def switch_if_ready(self) -> bool:
-        """Make the transition that is possible now, if any."""
+        """Make the transition that is possible now, if any, and if the moment is good."""
         self.update()
-        stage = self.next_stage()
-        if stage <= self.progress.active_stage:
+        before, stage = self.progress.active_stage, self.next_stage()
+        if stage <= before or (before and not self.is_good_moment(stage)):
             return False
         async with self.switching:
-            await self.transition(stage)
+            if before and self.serving.drain_timeout:
+                await self.wait_until_idle(self.serving.drain_timeout)
+                self.update()
+            await self.transition(self.next_stage())
+        self.due = None
         return True
 
     async def run(self) -> None:
         """Make every transition as soon as it is possible. Ends the server when there is nothing that it can serve."""
         try:
-            while self.progress.active_stage < self.progress.last_stage():
-                if self.progress.error and self.progress.bound_stage() < self.serving.min_stage:
-                    break
+            told, possible = None, self.serving.hold_stage  # possible: unless something has gone wrong for good
+            while self.progress.active_stage < possible:
                 if await self.switch_if_ready():
-                    self.decided.set()
-                else:
-                    await asyncio.sleep(POLL_SECONDS)
+                    self.announce()
+                if self.progress.error != told:
+                    told = self.progress.error
+                    if told:
+                        logger.error("no stage above %d: %s", self.progress.last_stage(), told)
+                    self.announce()
+                if self.progress.errors:
+                    possible = self.progress.last_stage()
+                if self.progress.last_stage() < self.serving.min_stage:
+                    break
+                await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
             logger.exception("the transition to stage %d failed", self.progress.active_stage + 1)
             failed = 1 if isinstance(error, StageLost) else self.progress.active_stage + 1
             self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
             self.update()
-        self.decided.set()
+        self.end()
         stage = self.progress.served_stage()
-        if self.progress.error:
-            logger.error("staying at stage %d: %s", stage, self.progress.error)
         if not stage:
             os.kill(os.getpid(), signal.SIGTERM)
         elif stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config):
@@ -3883,7 +4265,7 @@ class Controller:
         Raises RuntimeError when a worker has failed and all are back at the stage that they had; StageLost when that
         failed as well.
         """
-        began, before = time.monotonic(), self.progress.active_stage
+        began, before, stopped = time.monotonic(), self.progress.active_stage, self.stalls.in_flight()
         await self.engine.pause_generation(mode="keep", clear_cache=True)
         failures = await self.engine.collective_rpc("progressive_activate", args=(stage,))
         if any(failures):
@@ -3894,7 +4276,16 @@ class Controller:
         if any(failures):
             raise RuntimeError(first_failure(failures))
         self.mark_active(stage, pause=round(time.monotonic() - began, 4))
+        if stopped:
+            self.tasks.add(task := asyncio.create_task(self.watch_stall(stage, stopped, began)))
+            task.add_done_callback(self.tasks.discard)
         await self.engine.collective_rpc("progressive_settle", args=(stage,))
+
+    async def watch_stall(self, stage: int, stopped: dict[str, int], began: float) -> None:
+        took = await self.stalls.watch(stopped, began)
+        fields = {"requests": len(stopped), "tokens": sum(stopped.values()), "seconds": round(took, 4)}
+        self.journal.mark("recomputed", stage=stage, **fields)
+        self.update()
 
     def mark_active(self, stage: int, **fields) -> None:
         self.journal.mark("active", stage=stage, **fields)
@@ -3958,7 +4349,7 @@ class Controller:
         """
         for captured in range(graphs):
             self.update()
-            await self.wait_until_idle()
+            await self.wait_until_idle(IDLE_SECONDS)
             began = time.monotonic()
             try:
                 async with self.between_steps(clear_cache=False):
@@ -3972,53 +4363,303 @@ class Controller:
                 break
             self.journal.mark("captured", seconds=round(time.monotonic() - began, 4), **graph)
 
-    async def wait_until_idle(self) -> None:
-        until = time.monotonic() + IDLE_SECONDS
+    async def wait_until_idle(self, seconds: float) -> None:
+        """Until nobody is being answered, but so long at most."""
+        until = time.monotonic() + seconds
         while self.answering and time.monotonic() < until:
             await asyncio.sleep(POLL_SECONDS)
 
 
-# ---- HTTP: GET /progress and the stage header (server) ----------------------------------------------
+# ---- HTTP: what is added to vLLM's server (server) --------------------------------------------------
+
+ANSWERS = ("/v1/completions", "/v1/chat/completions")  # whose answers say where they ended
+ENDING_CHUNKS = re.compile(  # of a stream: those that end a choice, and the one that counts tokens
+    rb'^(data: \{[^\n]*(?:(?<!\\)"finish_reason":\s*"|(?<!\\)"choices":\s*\[\])[^\n]*)\}$', re.MULTILINE
+)
+
+
+def header_of(scope: dict, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name), None)
+
+
+def with_length(message: dict, length: int) -> dict:
+    """A message or a scope, whose body has become so long."""
+    headers = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
+    return {**message, "headers": [*headers, (b"content-length", str(length).encode())]}
+
+
+async def read_body(receive) -> bytes | None:
+    """The whole body of a request; None: the client has gone."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+async def wait_until_gone(receive) -> None:
+    """After the body: until the client hangs up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def stage_of(value, name: str, last: int) -> int:
+    """A stage from 1 to `last`, as a client has written it. Raises Refused."""
+    number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value) else value
+    if type(number) is not int or not 1 <= number <= last:
+        raise Refused(400, f"{name} {value!r:.40}: this server has stages 1 to {last}")
+    return number
+
+
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PROGRESS_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>ProgressiveServe</title>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+  h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 1.2rem; color: #555 } #error { color: #b00020 }
+  .stage { display: grid; grid-template-columns: 6rem 1fr 15rem; gap: .8rem; align-items: center; margin: .4rem 0 }
+  .bar { height: 1.1rem; background: #e8e8ee; border-radius: 3px; overflow: hidden }
+  .bar i { display: block; height: 100%; background: #9db8dd } .active .bar i { background: #2f7d4f }
+  .stage span:last-child { color: #555; font-variant-numeric: tabular-nums }
+  #line { position: relative; height: 2.6rem; border-bottom: 2px solid #bbb; margin: 2rem 0 .4rem }
+  #line i { position: absolute; bottom: 0; width: 2px; height: .7rem; background: #888 }
+  #line i.active { height: 1.4rem; background: #2f7d4f } #line i.error { height: 1.4rem; background: #b00020 }
+  #line b { position: absolute; bottom: 1.4rem; transform: translateX(-50%); font-size: .8rem; color: #2f7d4f }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums } td { padding: .05rem .9rem .05rem 0 }
+  td:first-child { text-align: right }
+</style>
+<h1 id="title">ProgressiveServe</h1><p id="state">asking the server ...</p><p id="error"></p>
+<div id="stages"></div><div id="line"></div><table id="events"></table>
+<script>
+  const at = id => document.getElementById(id), size = bytes => (bytes / 1e6).toFixed(1) + " MB";
+  const make = (parent, tag, text = "", name = "") => {
+    const element = parent.appendChild(document.createElement(tag));
+    element.textContent = text; element.className = name;
+    return element;
+  };
+  const told = event => [
+    event.event, event.stage && "stage " + event.stage, event.size && event.size + " tokens",
+    event.pause && (1000 * event.pause).toFixed(0) + " ms", event.requests && event.requests + " requests",
+    event.text || event.reason,
+  ].filter(part => part).join(", ");
+  function show(progress) {
+    at("title").textContent = document.title = `Stage ${progress.stage} of ${progress.num_stages}`;
+    at("state").textContent = `runs ${progress.optimized}`
+      + (progress.num_graphs ? `, ${progress.captured.length} of ${progress.num_graphs} graphs captured` : "")
+      + (progress.not_optimized ? `: ${progress.not_optimized}` : "");
+    at("error").textContent = progress.error || "";
+    at("stages").replaceChildren();
+    for (const stage of progress.stages) {
+      const row = make(at("stages"), "div", "", "stage " + stage.state);
+      make(row, "span", `stage ${stage.stage}`);
+      make(make(row, "span", "", "bar"), "i").style.width = 100 * stage.bytes_loaded / stage.bytes + "%";
+      make(row, "span", `${size(stage.bytes_loaded)} of ${size(stage.bytes)}, ${stage.state}`
+        + (stage.seconds === null ? "" : ` at ${stage.seconds.toFixed(1)} s`));
+    }
+    const events = progress.timeline, whole = Math.max(...events.map(event => event.seconds), .1);
+    at("line").replaceChildren();
+    at("events").replaceChildren();
+    for (const event of events) {
+      const left = 98 * event.seconds / whole + 1 + "%", active = event.event === "active";
+      make(at("line"), "i", "", event.event).style.left = left;
+      if (active) make(at("line"), "b", event.stage).style.left = left;
+      const row = make(at("events"), "tr");
+      make(row, "td", event.seconds.toFixed(2) + " s");
+      make(row, "td", told(event));
+    }
+  }
+  async function look() {
+    try {
+      show(await (await fetch("progress")).json());
+    } catch (error) {
+      at("error").textContent = "the server does not answer: " + error.message;
+    }
+    setTimeout(look, 500);
+  }
+  look();
+</script>
+"""
+
+
+class Answer:
+    """What vLLM sends to a client, with the stages in it: where it began, and where it ended."""
+
+    def __init__(self, send: Callable, began: int, stage: Callable[[], int], says_end: bool):
+        self.send, self.began, self.stage, self.says_end = send, began, stage, says_end
+        self.begun = False  # whether the client has got anything
+        self.streams = False  # in chunks, which are not held back
+        self.held: dict | None = None  # the start of an answer whose body, and so its length, is not there yet
+        self.body = b""
+
+    async def __call__(self, message: dict) -> None:
+        if message["type"] == "http.response.start":
+            headers = [*message.get("headers", ()), (STAGE_HEADER, str(self.began).encode())]
+            message = {**message, "headers": headers}
+            content = header_of(message, b"content-type") or ""
+            if self.says_end and message["status"] == 200:
+                self.streams = content.startswith("text/event-stream")
+                if content.startswith("application/json"):
+                    self.held = message
+                    return
+        elif message["type"] == "http.response.body":
+            message = await self.with_end(message)
+        if message:
+            self.begun = True
+            await self.send(message)
+
+    async def with_end(self, message: dict) -> dict | None:
+        """A part of the body, with the stage where the answer ends in it; None while that is held back."""
+        says = b',"%s":%d}' % (END_STAGE.encode(), self.stage())
+        if self.streams:
+            return {**message, "body": ENDING_CHUNKS.sub(lambda chunk: chunk[1] + says, message.get("body", b""))}
+        if not self.held:
+            return message
+        self.body += message.get("body", b"")
+        if message.get("more_body"):
+            return None
+        body = self.body.rstrip().removesuffix(b"}") + says
+        self.begun = True
+        await self.send(with_length(self.held, len(body)))
+        return {**message, "body": body}
+
+
+class Metrics:
+    """A collector for prometheus_client: what GET /metrics says beside vLLM's own."""
+
+    def __init__(self, controller: Controller):
+        self.controller = controller
+
+    def collect(self) -> Iterator:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        self.controller.update()
+        progress = self.controller.progress
+        events = collections.defaultdict(list)
+        for event in progress.timeline:
+            events[event["event"]].append(event)
+        transitions, recomputed = events["active"][1:], events["recomputed"]
+        for name, value, text in (
+            ("stage", max(progress.complete_at, default=0), "Stage that is active with all its weights; 0: none yet"),
+            ("stages", progress.plan.num_stages, "Stages of the checkpoint"),
+            ("spoilt_stage", progress.spoilt or 0, "The first stage that an error keeps from being served; 0: none"),
+            ("waiting_requests", self.controller.waiting, "Requests that wait for a stage"),
+            ("stall_seconds_max", max((event["seconds"] for event in recomputed), default=0.0), "The longest stall"),
+        ):
+            yield GaugeMetricFamily(f"progressive_{name}", text, value=value)
+        for name, value, text in (
+            ("read_bytes", sum(progress.read.values()), "Bytes of the checkpoint that have arrived"),
+            ("transitions", len(transitions), "Transitions, without the first stage"),
+            ("transition_seconds", sum(event["pause"] for event in transitions), "Pauses of the engine for them"),
+            ("recomputed_requests", sum(event["requests"] for event in recomputed), "Requests that they stopped"),
+            ("recomputed_tokens", sum(event["tokens"] for event in recomputed), "Tokens of these, computed again"),
+            ("stall_seconds", sum(event["seconds"] for event in recomputed), "Until all of these had a token more"),
+            ("errors", len(events["error"] + events["spoilt"]), "Errors that kept a stage from being served"),
+        ):
+            yield CounterMetricFamily(f"progressive_{name}", text, value=value)
+        seconds = GaugeMetricFamily(
+            "progressive_stage_seconds", "From the start of the process until a stage was active", labels=["stage"]
+        )
+        for stage, at in progress.complete_at.items():
+            seconds.add_metric([str(stage)], at - progress.start)
+        yield seconds
+        how = GaugeMetricFamily("progressive_optimized", "How the model runs: 1 for one of these", labels=["how"])
+        for name in ("eager", "compiling", "compiled"):
+            how.add_metric([name], float(progress.optimized == name))
+        yield how
 
 
 class ProgressMiddleware:
-    """ASGI middleware (--middleware): runs the controller, answers GET /progress, marks every response."""
+    """ASGI middleware (--middleware): runs the controller, answers what is not vLLM's, has requests wait for stages.
+
+    What is asked of vLLM passes vLLM's own check of the API key first, where there is one, and waits then.
+    """
 
     def __init__(self, app):
-        self.app = app
+        self.app, self.vllm = self.pass_on, app
         self.controller: Controller | None = None
+        self.own = {"/progress": self.progress, "/ready": self.ready, "/progress.html": self.page}
+        while app and not hasattr(app, "verify_token"):  # as vLLM's AuthenticationMiddleware has
+            app = getattr(app, "app", None)
+        if app:
+            self.app, self.vllm, app.app = self.vllm, app.app, self.pass_on
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
-            self.controller = Controller(scope["app"].state.engine_client)
-            self.controller.journal.mark("ready")
-            self.transitions = asyncio.create_task(self.controller.run())
-            self.engine_ended = asyncio.create_task(self.end_with_engine())
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if scope["path"] == "/progress" and scope["method"] == "GET":
-            self.controller.update()
-            return await self.reply(self.controller.progress.as_dict(), 200, scope, receive, send)
-        await self.controller.decided.wait()
-        async with self.controller.switching:
-            stage = self.controller.progress.active_stage
-        if not stage:
-            return await self.refuse(scope, receive, send)
-        begun = False
+            self.start(scope["app"].state.engine_client)
+        own = self.own.get(scope.get("path")) if scope.get("method") == "GET" else None
+        if scope["type"] == "http" and own:
+            await own(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
-        async def send_marked(message):
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message = {**message, "headers": [*message.get("headers", ()), (STAGE_HEADER, str(stage).encode())]}
-            await send(message)
+    def start(self, engine) -> None:
+        from prometheus_client import REGISTRY
 
-        if not await self.answer(scope, receive, send_marked) and not begun:
-            await self.refuse(scope, receive, send)  # else the client sees that its answer is cut off
+        self.controller = Controller(engine)
+        self.controller.journal.mark("ready")
+        self.transitions = asyncio.create_task(self.controller.run())
+        self.engine_ended = asyncio.create_task(self.end_with_engine())
+        REGISTRY.register(Metrics(self.controller))
+
+    async def pass_on(self, scope, receive, send):
+        """To vLLM; what computes, at the stage that it wants, or at the one that there is."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.vllm(scope, receive, send)
+        try:
+            begun = await self.begin(scope, receive)
+        except Refused as refused:
+            return await self.refuse(refused, scope, receive, send)
+        if not begun:  # the client has gone
+            return
+        stage, scope, receive = begun
+        says_end = scope["path"].removeprefix(scope.get("root_path", "")) in ANSWERS
+        answer = Answer(send, stage, lambda: self.controller.progress.active_stage, says_end)
+        if not await self.answer(scope, receive, answer) and not answer.begun:
+            refused = Refused(503, self.controller.why_never(stage))  # else the client sees that it is cut off
+            await self.refuse(refused, scope, receive, send)
+
+    async def begin(self, scope: dict, receive) -> tuple[int, dict, Callable] | None:
+        """(stage, scope, receive) of a request, once there is the stage that it wants; None when its client has gone.
+
+        Raises Refused.
+        """
+        last, wanted = self.controller.progress.plan.num_stages, []
+        if (value := header_of(scope, MIN_STAGE_HEADER)) is not None:
+            wanted.append(stage_of(value, "X-Progressive-Min-Stage", last))
+        if not (header_of(scope, b"content-type") or "application/json").startswith("application/json"):
+            return await self.controller.begin(max(wanted, default=None)), scope, receive
+        if (body := await read_body(receive)) is None:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):  # vLLM answers that
+            if MIN_STAGE.encode() in body and isinstance(content := json.loads(body), dict) and MIN_STAGE in content:
+                if (value := content.pop(MIN_STAGE)) is not None:
+                    wanted.append(stage_of(value, MIN_STAGE, last))
+                body = json.dumps(content).encode()
+                scope = with_length(scope, len(body))
+        begin = asyncio.ensure_future(self.controller.begin(max(wanted, default=None)))
+        gone = asyncio.ensure_future(wait_until_gone(receive))
+        try:
+            await asyncio.wait({begin, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not begin.done():
+                return None
+            stage = begin.result()
+        finally:
+            begin.cancel()
+            gone.cancel()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_again() -> dict:
+            return next(messages, None) or await receive()
+
+        return stage, scope, receive_again
 
     async def answer(self, scope, receive, send) -> bool:
         """Let vLLM answer; False when its engine has ended before."""
-        answer = asyncio.create_task(self.app(scope, receive, send))
+        answer = asyncio.create_task(self.vllm(scope, receive, send))
         self.controller.answering += 1
         try:
             await asyncio.wait({answer, self.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -4039,16 +4680,45 @@ class ProgressMiddleware:
         while not self.controller.engine.errored:
             await asyncio.sleep(ENGINE_POLL_SECONDS)
         self.transitions.cancel()
-        self.controller.decided.set()
+        self.controller.end()
 
-    async def refuse(self, scope, receive, send) -> None:
-        message = self.controller.progress.error or "the server is shutting down"
-        await self.reply({"error": {"message": message, "code": 503}}, 503, scope, receive, send)
+    async def progress(self, scope, receive, send) -> None:
+        self.controller.update()
+        await self.reply(self.controller.progress.as_dict(), scope, receive, send)
 
-    async def reply(self, content: dict, status: int, scope, receive, send) -> None:
+    async def ready(self, scope, receive, send) -> None:
+        """Whether stage K (?stage=K; default: the first that may answer) serves; else why not, and when it may."""
+        self.controller.update()
+        progress, query = self.controller.progress, urllib.parse.parse_qs(scope["query_string"].decode("latin-1"), True)
+        try:
+            wanted = stage_of(query.get("stage", ["1"])[-1], "stage", progress.plan.num_stages)
+        except Refused as refused:
+            return await self.refuse(refused, scope, receive, send)
+        stage = progress.served_stage()
+        if stage >= wanted and not self.engine_ended.done():
+            return await self.reply({"ready": True, "stage": stage}, scope, receive, send)
+        content = {"ready": False, "stage": stage, "seconds": None}
+        if self.engine_ended.done() or wanted > progress.last_stage():
+            content["reason"] = self.controller.why_never(wanted)
+        else:
+            content |= {"reason": f"stage {wanted} is arriving", "seconds": round(progress.seconds_until(wanted), 1)}
+        await self.reply(content, scope, receive, send, 503, content["seconds"])
+
+    async def page(self, scope, receive, send) -> None:
+        from starlette.responses import HTMLResponse
+
+        await HTMLResponse(PROGRESS_PAGE, headers={"content-security-policy": PAGE_POLICY})(scope, receive, send)
+
+    async def refuse(self, refused: Refused, scope, receive, send) -> None:
+        kind = "BadRequestError" if refused.status == 400 else "ServiceUnavailableError"
+        error = {"message": str(refused), "type": kind, "param": None, "code": refused.status}
+        await self.reply({"error": error}, scope, receive, send, refused.status, refused.retry_after)
+
+    async def reply(self, content: dict, scope, receive, send, status: int = 200, after: float | None = None) -> None:
         from starlette.responses import JSONResponse
 
-        await JSONResponse(content, status)(scope, receive, send)
+        headers = {} if after is None else {"retry-after": str(max(1, math.ceil(after)))}
+        await JSONResponse(content, status, headers)(scope, receive, send)
 
 
 # ---- options: what vLLM is started with (server) ----------------------------------------------------
@@ -4108,6 +4778,8 @@ def engine_options(launch: Launch, options: dict) -> dict:
         refuse_runner_v1()
     register_architecture(architecture_of(launch.plan))
     gated, unsaid = launch.plan.absent_layers(1), {}
+    if current_platform.is_cpu():
+        check_cpu_memory(launch)
     if current_platform.is_cpu() and (kv_cache := cpu_kv_cache_bytes(launch.plan, options)) is not None:
         unsaid["kv_cache_memory_bytes"] = kv_cache
     return unsaid | {
@@ -4143,7 +4815,7 @@ def server_args(launch: Launch, ours: argparse.Namespace, argv: list[str]) -> ar
     if args.enforce_eager is None:  # compiling takes vLLM a minute on a CPU; --no-enforce-eager asks for it
         args.enforce_eager = current_platform.is_cpu() and not ours.compile_later
     later = choose_compile_later(ours.compile_later, vars(args))
-    launch.serving = replace(launch.serving, compile_later=later, compile_timeout=ours.compile_timeout)
+    launch.serving = replace(launch.serving, compile_later=later, **of_serving(ours))
     for name, value in engine_options(launch, vars(args)).items():
         setattr(args, name, value)
     if args.gpu_memory_utilization is None:

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -302,9 +304,9 @@ class Server:
             assert time.monotonic() < deadline, self.log.read_text()[-4000:]
             time.sleep(0.02)
 
-    def answers(self) -> bool:
+    def answers(self, stage: int = 1) -> bool:
         try:
-            return requests.get(f"{self.url}/health", timeout=5).ok
+            return requests.get(f"{self.url}/ready?stage={stage}", timeout=5).ok
         except requests.ConnectionError:
             return False
 
@@ -430,6 +432,36 @@ def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_flo
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize("kind", ["layers", "planes"])
+def test_two_workers_answer_as_one(kind, adapted_checkpoint, prompts, probed_float32, tmp_path):
+    """Tensor parallelism: the first stage, with its adapter, and the last."""
+    checkpoint = adapted_checkpoint
+    if kind == "planes":
+        checkpoint = tmp_path / "planes"
+        split_planes(ROOT / "demo" / "model", checkpoint)
+    found = []
+    for workers, cores in ((1, "0-1"), (2, "0|1")):
+        options = [*slowly(checkpoint, 5), "--dtype", "float32", "--tensor-parallel-size", str(workers)]
+        env = {"VLLM_CPU_OMP_THREADS_BIND": cores} if len(os.sched_getaffinity(0)) > 1 else {}
+        server = Server(checkpoint, tmp_path / f"log{workers}", *options, **env)
+        try:
+            reader = server.hold_reader()
+            server.wait_for(server.answers)
+            first = server.complete(prompts[:8], return_token_ids=True)
+            stream = server.complete(prompts[0], 600, stream=True)
+            reader.resume()
+            assert b"[DONE]" in stream.content
+            server.wait_for(functools.partial(server.answers, 3))
+            last = server.complete(prompts[:8], return_token_ids=True)
+            assert [answer.headers["X-Progressive-Stage"] for answer in (first, last)] == ["1", "3"]
+            found.append([[choice["token_ids"] for choice in answer.json()["choices"]] for answer in (first, last)])
+        finally:
+            assert server.stop() == 0
+    one, two = found
+    assert one == two
+    assert two[1] == tokens(probed_float32["stock"][:8]) != two[0]
+
+
 def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
     """What is not verified must not get into the weights that are served."""
     copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
@@ -451,6 +483,88 @@ def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
         assert before.json()["choices"] == after.json()["choices"]
     finally:
         assert server.stop() == 0
+
+
+REQUESTS = {
+    # of a kind: how it is asked, and how many tokens it has to bring
+    "greedy": ({"temperature": 0}, 600),
+    "stream": ({"temperature": 0, "stream": True}, 600),
+    "sampled": ({"temperature": 1.0, "seed": 1, "top_p": 0.9}, 600),
+    "several": ({"temperature": 1.0, "seed": 1, "n": 3}, 3 * 400),
+    "beam search": ({"use_beam_search": True, "n": 2, "temperature": 0}, None),
+    "logprobs": ({"temperature": 0, "logprobs": 3}, 600),
+    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 1, "stream": True}, 600),
+    "structured": ({"structured_outputs": {"regex": "(ab|cd){300}"}}, None),
+    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5}, 600),
+    "hangs up": ({"temperature": 0, "stream": True}, 0),
+    "comes late": ({"temperature": 0}, 100),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--async-scheduling", "--max-num-batched-tokens", "64", "--enable-prefix-caching")],
+    ids=["default", "chunked"],
+)
+def test_every_kind_of_request_crosses_both_transitions(options, demo_checkpoint, prompts, tmp_path):
+    """Nothing is lost, nothing comes twice, and a constraint holds from one stage to the next."""
+    server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint, 5), *options, "--max-num-seqs", "24")
+    long_prompt = " ".join(prompts[:12])  # several steps with chunked prefill
+    started = threading.Barrier(len(REQUESTS))
+
+    def ask(kind: str) -> dict:
+        extra, expected = REQUESTS[kind]
+        length = {"several": 400, "beam search": 300, "comes late": 100, "hangs up": 900}.get(kind, 600)
+        body = {"prompt": f"{kind}: {long_prompt}", "max_tokens": length, "return_token_ids": True}
+        body |= {"ignore_eos": kind != "structured", **extra}
+        started.wait(60)
+        if kind == "comes late":
+            server.wait_for(lambda: server.progress()["stage"] == 2)
+        streams = body.get("stream", False)
+        response = requests.post(f"{server.url}/v1/completions", json=body, timeout=180, stream=streams)
+        assert response.status_code == 200, response.text
+        chunks = [] if streams else [response.json()]
+        for line in response.iter_lines() if streams else ():
+            if line.startswith(b"data: {"):
+                chunks.append(json.loads(line[6:]))
+                if kind == "hangs up" and len(chunks) > 3:
+                    response.close()
+                    return {"tokens": 0}
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        return {
+            "tokens": sum(len(choice["token_ids"] or ()) for choice in choices),
+            "text": "".join(choice["text"] for choice in choices),
+            "began": response.headers["X-Progressive-Stage"],
+            "ended": chunks[-1]["progressive_stage"],
+        }
+
+    try:
+        reader = server.hold_reader()
+        server.wait_for(server.answers)
+        with ThreadPoolExecutor(len(REQUESTS)) as pool:
+            asked = {kind: pool.submit(ask, kind) for kind in REQUESTS}
+            server.wait_for(lambda: metric(server, "vllm:num_requests_running") >= len(REQUESTS) - 3)
+            reader.resume()
+            found = {kind: answer.result() for kind, answer in asked.items()}
+        for kind, (_, expected) in REQUESTS.items():
+            assert expected is None or found[kind]["tokens"] == expected, kind
+        assert re.fullmatch("((ab|cd)+)", found["structured"]["text"]) and len(found["structured"]["text"]) == 600
+        crossed = [answer for kind, answer in found.items() if kind not in ("hangs up", "comes late")]
+        assert [answer["began"] for answer in crossed] == ["1"] * len(crossed)
+        assert {answer["ended"] for answer in crossed} <= {1, 2, 3} and max(answer["ended"] for answer in crossed) == 3
+        assert found["comes late"]["began"] in ("2", "3")
+        server.wait_for(lambda: server.answers(3))
+        assert metric(server, "progressive_recomputed_requests_total") >= len(crossed)
+        server.wait_for(lambda: metric(server, "vllm:num_requests_running") == 0)  # nor does it go on for who hung up
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        assert server.stop() == 0
+
+
+def metric(server: Server, name: str) -> float:
+    """The sum of a metric over its labels."""
+    lines = requests.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[{ ]", line)[0] == name)
 
 
 def test_server_compiles_behind_the_tokens(split_tiny, tmp_path):
@@ -548,26 +662,69 @@ def test_any_signal_at_any_moment_ends_everything(moment, number, kind, request,
         server.stop()
 
 
-def test_bad_later_stage_leaves_the_server_where_it_is(demo_checkpoint, prompts, tmp_path):
-    """A checksum that does not match: reported in /progress with the file's name; stage 2 goes on answering."""
-    broken = tmp_path / "broken"
-    shutil.copytree(demo_checkpoint, broken)
-    flip_last_byte(broken / "model-stage3.safetensors")
-    server = Server(broken, tmp_path / "log", *slowly(broken))
+def cut(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    os.utime(path, (0, 0))
+
+
+def replace_by_a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)  # cannot be opened, not even by root
+
+
+BAD_FILES = {  # what is wrong with the file of the last stage
+    "corrupt": flip_last_byte,
+    "truncated": cut,
+    "missing": Path.unlink,
+    "unreadable": replace_by_a_link_to_itself,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint"),
+    [*((kind, "demo_checkpoint") for kind in BAD_FILES), ("corrupt", "adapted_checkpoint"), ("corrupt", "planes_tiny")],
+)
+def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, request, tmp_path):
+    """It stays at the stage before and serves; when the file is put right it goes on, and ends as the full model."""
+    source, broken = request.getfixturevalue(checkpoint), tmp_path / "broken"
+    shutil.copytree(source, broken)
+    bad = broken / "model-stage3.safetensors"
+    BAD_FILES[kind](bad)
+    for path in (*broken.iterdir(), broken):
+        os.utime(path, (0, 0), follow_symlinks=False)  # nobody is just copying it there
+    server = Server(broken, tmp_path / "log")
     try:
-        reader = server.hold_reader()
-        server.wait_for(server.answers)
-        reader.resume()
+        server.wait_for(lambda: server.answers(2))
         server.wait_for(lambda: server.progress()["error"])
         progress = server.progress()
-        assert "model-stage3.safetensors" in progress["error"]
+        assert bad.name in progress["error"]
         assert str(tmp_path) not in json.dumps(progress)  # anybody may ask
-        assert progress["stages"][2]["state"] != "active"
-        server.wait_for(lambda: server.progress()["stage"] == 2)
+        assert [row["state"] == "active" for row in progress["stages"]] == [True, True, False]
+        assert metric(server, "progressive_spoilt_stage") == 3 and metric(server, "progressive_errors_total") >= 1
+        assert bad.name in server.log.read_text()
+        ready = requests.get(f"{server.url}/ready?stage=3", timeout=30)
+        assert ready.status_code == 503 and bad.name in ready.json()["reason"]
+        refused = server.post(prompts[0], min_stage=3)
+        assert refused.status_code == 503 and bad.name in refused.json()["error"]["message"]
         assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "2"
-        assert "model-stage3.safetensors" in server.log.read_text()
+
+        bad.unlink(missing_ok=True)
+        shutil.copy(source / bad.name, tmp_path / "good")
+        os.rename(tmp_path / "good", bad)
+        server.wait_for(lambda: server.answers(3))
+        progress = server.progress()
+        assert progress["error"] is None and metric(server, "progressive_spoilt_stage") == 0
+        assert [row["state"] for row in progress["stages"]] == ["active"] * 3
+        answer = server.complete(prompts[:8], logprobs=1)
     finally:
-        server.stop()
+        assert server.stop() == 0
+    server = Server(source, tmp_path / "log2")
+    try:
+        server.wait_for(lambda: server.answers(3))
+        assert server.complete(prompts[:8], logprobs=1).json()["choices"] == answer.json()["choices"]
+    finally:
+        assert server.stop() == 0
 
 
 def test_bad_stage_1_ends_the_server(split_tiny, tmp_path):

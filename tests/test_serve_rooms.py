@@ -13,15 +13,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import psutil
 import pytest
 import torch
 import vllm
 from conftest import ROOT, SERVER, add_adapter, flip_last_byte, run_script
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
@@ -49,7 +52,7 @@ class Reading:
             time.sleep(0.01)
 
     def wait_for_all(self) -> None:
-        self.wait_for(lambda progress: progress.error or len(progress.resident) == self.plan.num_stages)
+        self.wait_for(lambda progress: progress.errors or len(progress.resident) == self.plan.num_stages)
         assert self.progress.error is None
 
     def bytes_of(self, name: str) -> bytes:
@@ -117,11 +120,77 @@ BAD_CHECKPOINTS = {
         "malformed",
     ),
     "layers missing": (lambda folder: edit_manifest(folder, lambda m: m["stages"].pop()), "layers"),
-    "file missing": (lambda folder: (folder / "model-stage2.safetensors").unlink(), "model-stage2.safetensors"),
-    "file truncated": (lambda folder: truncate(folder / "model-stage3.safetensors"), "model-stage3.safetensors"),
+    "file missing": (lambda folder: (folder / "model-stage1.safetensors").unlink(), "model-stage1.safetensors"),
+    "file truncated": (lambda folder: truncate(folder / "model-stage1.safetensors"), "model-stage1.safetensors"),
     "adapter of no stage": (lambda folder: (folder / "adapters/stage9").mkdir(parents=True), "stage9"),
     "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
 }
+
+
+def rewrite(checkpoint: Path, stage: int, change) -> None:
+    """Change the tensors of a stage's file, whose size and checksum the manifest then has."""
+    from blake3 import blake3
+    from safetensors.torch import save_file
+
+    path = checkpoint / f"model-stage{stage}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    sizes = {"bytes": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()}
+    edit_manifest(checkpoint, lambda manifest: manifest["stages"][stage - 1]["files"][0].update(sizes))
+
+
+MISMATCHES = {
+    # (fixture, stage, what becomes of its tensors) -> what the error names
+    "shape": ("split_tiny", 3, lambda found: cut_tensor(found, "mlp.up_proj.weight"), "F32 [4, 4]"),
+    "dtype": ("split_tiny", 3, lambda found: halve(found, "mlp.up_proj.weight"), "F16"),
+    "a tensor is missing": ("split_tiny", 2, lambda found: drop(found, "input_layernorm.weight"), "missing"),
+    "a tensor too many": ("split_tiny", 2, lambda found: found.update({"model.more": torch.ones(1)}), "model.more"),
+    "of a layer too many": (
+        "split_tiny",
+        2,
+        lambda found: found.update({"model.layers.1.more": torch.ones(1)}),
+        "layers.1.more",
+    ),
+    "another stage's layer": (
+        "split_tiny",
+        3,
+        lambda found: found.update({name.replace("layers.2", "layers.0"): found[name].clone() for name in list(found)}),
+        "layers [0, 2] instead of [2]",
+    ),
+    "a record is missing": ("planes_tiny", 2, lambda found: drop(found, "up_proj.weight.planes"), "up_proj"),
+    "a record too many": ("planes_tiny", 3, lambda found: found.update({"x.planes": torch.ones(1)}), "x.planes"),
+}
+
+
+def named(tensors: dict, ending: str) -> str:
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def cut_tensor(tensors: dict, ending: str) -> None:
+    tensors[named(tensors, ending)] = torch.ones(4, 4)
+
+
+def halve(tensors: dict, ending: str) -> None:
+    tensors[named(tensors, ending)] = tensors[named(tensors, ending)].half()
+
+
+def drop(tensors: dict, ending: str) -> None:
+    del tensors[named(tensors, ending)]
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_files_that_do_not_fit_the_manifest_are_refused(case, request, tmp_path):
+    """Of any stage, before anything is served."""
+    import progressive_serve
+
+    fixture, stage, change, says = MISMATCHES[case]
+    folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "checkpoint"))
+    progressive_serve.start_reading(folder, start=time.monotonic()).close()
+    rewrite(folder, stage, change)
+    with pytest.raises(progressive_serve.UsageError, match=f"model-stage{stage}") as error:
+        progressive_serve.start_reading(folder, start=time.monotonic())
+    assert says in str(error.value)
 
 
 def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
@@ -227,6 +296,29 @@ def test_bad_adapter(case, split_tiny, tmp_path):
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize("case", [*BAD_ADAPTERS, "of no stage"])
+def test_bad_adapter_is_left_out_on_demand(case, split_tiny, tmp_path, capsys):
+    """Loudly; and one that is good stays."""
+    folder = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    add_adapter(folder, 1, ["q_proj"])
+    BAD_ADAPTERS.get(case, (lambda folder: (folder / "adapters/stage9").mkdir(),))[0](folder)
+    good = () if case == "of another model" else (2,)
+    if good:
+        add_adapter(folder, 2, ["q_proj"])
+    reading = Reading(folder, lenient=True)
+    try:
+        reading.wait_for_all()
+        expected = (1, *good) if case in ("of no stage", "of the last stage") else good
+        assert reading.launch.serving.adapters == expected
+        assert "--lenient-adapters" in capsys.readouterr().err
+        progress = reading.progress.as_dict()
+        (told,) = (event for event in progress["timeline"] if event["event"] == "not adapted")
+        assert told["reason"] and str(folder) not in told["reason"]
+        assert [row["adapter"] for row in progress["stages"]] == [stage in expected for stage in (1, 2, 3)]
+    finally:
+        reading.launch.close()
+
+
 # ---- where a checkpoint lies: the cache of a remote one --------------------------------------------
 
 
@@ -316,9 +408,15 @@ def test_copy_that_went_bad_is_removed(copied, tmp_path):
     (cached,) = (tmp_path / "cache").iterdir()
     flip_last_byte(cached / "model-stage2.safetensors")
     reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for_all()  # from the source, and copied once more
+    assert reading.launch.reader.wait(30) == 0
+    (told,) = (event for event in reading.progress.timeline if event["event"] == "spoilt")
+    assert "model-stage2.safetensors" in told["text"] and "removed" in told["text"]
+    flip_last_byte(cached / "model-stage1.safetensors")  # nobody is answered without
+    reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for(lambda progress: progress.error)
-    assert "model-stage2.safetensors" in reading.progress.error and "removed" in reading.progress.error
-    assert not (cached / "model-stage2.safetensors").exists()
+    assert "model-stage1.safetensors" in reading.progress.error and "start again" in reading.progress.error
+    assert not (cached / "model-stage1.safetensors").exists()
     truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
@@ -447,10 +545,10 @@ def test_what_is_bound_and_served_first(case):
 # ---- journal ---------------------------------------------------------------------------------------
 
 
-def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1):
+def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1, **others):
     import progressive_serve
 
-    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage)
+    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage, **others)
 
 
 def test_progress_follows_the_journal(split_tiny, tmp_path):
@@ -740,6 +838,33 @@ def test_chunks_take_their_turns_in_order():
     assert order == [10, 20, 30, 40]
 
 
+@pytest.mark.parametrize("kind", ["split_tiny", "planes_tiny"])
+def test_file_that_is_replaced_by_another_is_not_handed_out(kind, request, tmp_path):
+    """Of the same size and age, before it is read; once the right one is back, it is."""
+    copied = age(Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "checkpoint")))
+    path = copied / "model-stage3.safetensors"
+    right = path.read_bytes()
+    size = sum(file.stat().st_size for file in copied.glob("*.safetensors"))
+    reading = Reading(copied, limit_mbps=size / 1e6)
+    try:
+        (tmp_path / "other").write_bytes(right[:-64] + bytes(64))
+        os.utime(tmp_path / "other", (0, 0))
+        os.rename(tmp_path / "other", path)
+        reading.wait_for(lambda progress: progress.bad)
+        assert path.name in reading.progress.error and reading.progress.last_stage() == 2
+        assert 3 not in reading.progress.resident and reading.progress.state_of(reading.plan.stages[2]) != "resident"
+        (tmp_path / "other").write_bytes(right)
+        os.rename(tmp_path / "other", path)
+        reading.wait_for_all()
+        assert reading.progress.last_stage() == 3
+        if kind == "split_tiny":
+            assert reading.bytes_of(path.name) == right
+        else:  # the decoder has taken them
+            reading.wait_for(lambda progress: 3 in progress.decoded)
+    finally:
+        reading.launch.close()
+
+
 # ---- decoder ---------------------------------------------------------------------------------------
 
 
@@ -937,10 +1062,9 @@ def test_decoder_that_dies_is_missed(killed, planes_tiny):
     reader = psutil.Process(reading.launch.reader.pid)
     (decoder,) = reader.children()
     (reader if killed == "reader" else decoder).kill()
-    deadline = time.monotonic() + 30
-    while not failures and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert "reader process stopped at stage 2" in failures[0]
+    reading.wait_for(lambda progress: progress.error, 30)
+    assert "reader process stopped at stage 2" in reading.progress.error
+    assert reading.progress.last_stage() == 1 and failures == []  # stage 1 is there, and can be served
     assert psutil.wait_procs([reader, decoder], timeout=30)[1] == []
 
 
@@ -1283,6 +1407,24 @@ os._exit(0)
     assert done.stdout.split()[-3:] == ["2", "True", "True"], done.stdout + done.stderr
 
 
+def test_too_little_memory_is_said_with_the_numbers(copied, monkeypatch):
+    """Of what is still to come: what has arrived takes its memory already."""
+    import progressive_serve
+
+    reading = Reading(copied)
+    try:
+        reading.wait_for_all()
+        monkeypatch.setattr(progressive_serve, "cpu_memory", lambda: 0)
+        progressive_serve.check_cpu_memory(reading.launch)
+        reading.launch.journal.mark("read", file=reading.plan.files[-1].name, bytes=0)
+        with pytest.raises(progressive_serve.UsageError, match="GiB, of which .* GiB of memory are free"):
+            progressive_serve.check_cpu_memory(reading.launch)
+        monkeypatch.setattr(progressive_serve, "cpu_memory", lambda: 1 << 30)
+        progressive_serve.check_cpu_memory(reading.launch)
+    finally:
+        reading.launch.close()
+
+
 # ---- controller ------------------------------------------------------------------------------------
 
 
@@ -1295,6 +1437,39 @@ def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
         model_config=SimpleNamespace(model=checkpoint),
         compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
     )
+
+
+class FakeAsyncLLM:
+    """vLLM's engine, as far as a controller sees it: notes what is called, and computes nothing."""
+
+    errored = False
+
+    def __init__(self, checkpoint: Path, journal: Path, ranks: int = 1, **stages):
+        self.vllm_config, self.ranks = engine_config(checkpoint, journal, **stages), ranks
+        self.output_processor = SimpleNamespace(request_states={})
+        self.calls, self.returned = [], []  # returned: by the next calls of progressive_activate
+
+    async def pause_generation(self, **options):
+        self.calls.append("pause")
+
+    async def resume_generation(self):
+        self.calls.append("resume")
+
+    async def collective_rpc(self, name, args=()):
+        self.calls.append((name, *args))
+        return self.returned.pop(0) if name == "progressive_activate" and self.returned else [None] * self.ranks
+
+    def generate(self, prompt: int, tokens: int, speed: float = 1000.0) -> SimpleNamespace:
+        """A request in flight, which has had so many tokens; its prompt was computed at so many in a second."""
+        request = SimpleNamespace(
+            is_prefilling=False,
+            prompt_len=prompt,
+            tokens=tokens,
+            detokenizer=SimpleNamespace(num_output_tokens=lambda: request.tokens),
+            stats=SimpleNamespace(scheduled_ts=1.0, first_token_ts=1.0 + prompt / speed),
+        )
+        self.output_processor.request_states[str(len(self.output_processor.request_states))] = request
+        return request
 
 
 TRANSITIONS = {
@@ -1311,24 +1486,10 @@ def test_transition_of_two_workers(case, split_tiny, tmp_path, monkeypatch):
     import progressive_serve
 
     returned, stage, error, goes_on = TRANSITIONS[case]
-    calls, killed = [], []
-
-    class Engine:
-        errored = False
-        vllm_config = engine_config(split_tiny, tmp_path / "journal", hold_stage=2)
-
-        async def pause_generation(self, **options):
-            calls.append("pause")
-
-        async def resume_generation(self):
-            calls.append("resume")
-
-        async def collective_rpc(self, name, args):
-            calls.append((name, *args))
-            return returned.pop(0) if name == "progressive_activate" else [None, None]
-
+    engine, killed = FakeAsyncLLM(split_tiny, tmp_path / "journal", ranks=2, hold_stage=2), []
+    engine.returned, calls = returned, engine.calls
     monkeypatch.setattr(progressive_serve.os, "kill", lambda *signal: killed.append(signal))
-    controller = progressive_serve.Controller(Engine())
+    controller = progressive_serve.Controller(engine)
     controller.journal.mark("start")
     controller.journal.mark("binding", stage=1, serve=1, streamed=False, ranks=2)
     for rank, number in ((0, 1), (1, 1)):
@@ -1363,8 +1524,7 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 
     (read, first, streamed, bound, min_stage), expected = STAGES_AT_THE_START[case]
     journal = progressive_serve.Journal(tmp_path / "journal")
-    vllm_config = engine_config(split_tiny, journal.path, min_stage=min_stage)
-    controller = progressive_serve.Controller(SimpleNamespace(vllm_config=vllm_config))
+    controller = progressive_serve.Controller(FakeAsyncLLM(split_tiny, journal.path, min_stage=min_stage))
     journal.mark("start", at=time.monotonic() - 10)
     for stage in controller.progress.plan.stages[:first]:
         for file in stage.files:
@@ -1380,51 +1540,562 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 # ---- HTTP ------------------------------------------------------------------------------------------
 
 
+TRAP = 'he said "finish_reason":"stop" and "choices":[]'  # in a text, where it ends nothing
+
+
+async def echo(scope, receive, send):
+    """An application in the place of vLLM's: answers what it was asked, at once or in chunks."""
+    message = await receive()
+    body = message["body"]
+    content = json.loads(body or b"{}")
+    assert dict(scope["headers"]).get(b"content-length", b"%d" % len(body)) == b"%d" % len(body)
+    kind = "text/event-stream" if content.get("stream") else "application/json"
+    status = 400 if content.get("max_tokens") == "x" else 200
+    choice = {"text": TRAP, "finish_reason": "length"}
+    parts = [json.dumps({"choices": [choice], "asked": content}).encode()]
+    if content.get("stream"):
+        chunks = [{"choices": [{**choice, "finish_reason": None}]}, {"choices": [choice]}, {"choices": [], "usage": 1}]
+        parts = [f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode() for chunk in chunks]
+        parts.append(b"data: [DONE]\n\n")
+    length = [] if content.get("stream") else [(b"content-length", b"%d" % len(parts[0]))]
+    headers = [(b"content-type", kind.encode()), *length]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for part in parts:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Served:
+    """The HTTP room and the controller, with neither vLLM's application nor an engine; the test makes stages arrive."""
+
+    def __init__(self, checkpoint: Path, folder: Path, app=echo, **stages):
+        import progressive_serve
+
+        self.engine = FakeAsyncLLM(checkpoint, folder / "journal", **stages)
+        self.middleware = progressive_serve.ProgressMiddleware(app)
+
+    async def __aenter__(self):
+        self.middleware.start(self.engine)
+        self.controller = self.middleware.controller
+        self.mark("start")
+        return self
+
+    async def __aexit__(self, *_):
+        for task in (self.middleware.transitions, self.middleware.engine_ended, *self.controller.tasks):
+            task.cancel()
+
+    def mark(self, event: str, **fields) -> None:
+        self.controller.journal.mark(event, **fields)
+
+    def bind(self, *stages: int) -> None:
+        for stage in stages:
+            for file in self.controller.progress.plan.stages[stage - 1].files:
+                self.mark("read", file=file.name, bytes=file.bytes)
+            self.mark("resident", stage=stage)
+            if stage == 1:
+                self.mark("binding", stage=1, serve=1, streamed=False, ranks=1)
+            self.mark("bound", stage=stage, rank=0)
+
+    async def reach(self, *stages: int) -> None:
+        """Have stages bound, and wait until the last of them is active."""
+        self.bind(*stages)
+        await until(lambda: self.controller.progress.active_stage == stages[-1])
+
+    async def ask(self, path: str, body=None, headers=(), method: str = "POST", gone=None) -> SimpleNamespace:
+        """An answer. body: is sent as JSON, bytes as they are. gone: an Event, set when the client hangs up."""
+        sent, gone = [], gone or asyncio.Event()
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        parts = [{"type": "http.request", "body": part} for part in (data[:5], data[5:])]
+        parts[0]["more_body"] = True
+        headers = [(b"content-length", b"%d" % len(data)), (b"content-type", b"application/json"), *headers]
+        path, _, query = path.partition("?")
+        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+
+        async def receive():
+            if parts:
+                return parts.pop(0)
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        await self.middleware(scope, receive, send)
+        if not sent:
+            return SimpleNamespace(status=None)
+        found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        answer = b"".join(message.get("body", b"") for message in sent[1:])
+        assert found.get("content-length", str(len(answer))) == str(len(answer))
+        return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
+
+
+async def until(what, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def served(split_tiny, tmp_path, monkeypatch):
+    """Runs a coroutine function with a Served of the tiny checkpoint, made with these options."""
+    import prometheus_client
+
+    def run(check, **options) -> None:
+        monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry())
+
+        async def main():
+            async with asyncio.timeout(30), Served(split_tiny, tmp_path, **options) as server:
+                await check(server)
+
+        asyncio.run(main())
+
+    return run
+
+
+ASKED = {"prompt": "Hello", "max_tokens": 3}
+COMPLETIONS = "/v1/completions"
+
+
+def test_request_waits_for_the_stage_that_it_wants(served):
+    """By its body or by a header, the higher of both; and keeps nobody else waiting."""
+
+    async def check(server):
+        wants = [
+            (3, {**ASKED, "min_stage": 3}, ()),
+            (2, ASKED, [(b"X-Progressive-Min-Stage", b"2")]),
+            (3, {**ASKED, "min_stage": 2}, [(b"x-progressive-min-stage", b"3")]),
+            (1, ASKED, ()),
+            (1, {**ASKED, "min_stage": None}, ()),
+        ]
+        asked = [asyncio.create_task(server.ask(COMPLETIONS, body, headers)) for _, body, headers in wants]
+        for stage in (1, 2, 3):
+            await until(lambda: server.controller.waiting == sum(not answer.done() for answer in asked))
+            assert [answer.done() for answer in asked] == [wanted < stage for wanted, *_ in wants]
+            await server.reach(stage)
+            await asyncio.wait([asked[place] for place, (wanted, *_) in enumerate(wants) if wanted <= stage])
+        for (stage, *_), answer in zip(wants, asked, strict=True):
+            found = answer.result()
+            assert (found.status, found.headers["x-progressive-stage"]) == (200, str(stage))
+            assert json.loads(found.body)["asked"] == ASKED  # vLLM knows nothing of it
+        assert server.controller.waiting == server.controller.answering == 0
+
+    served(check)
+
+
+BAD_STAGES = [0, 4, -1, 1.5, True, "x", "", [], {}, 10**30, "²", "2" * 5000]
+
+
+def test_stage_that_is_none_is_refused(served):
+    """At once, by its value, also while there is no stage at all; and whatever else is sent is vLLM's to answer."""
+
+    async def check(server):
+        for value in BAD_STAGES:
+            answer = await server.ask(COMPLETIONS, {**ASKED, "min_stage": value})
+            error = json.loads(answer.body)["error"]
+            assert answer.status == error["code"] == 400 and repr(value)[:20] in error["message"]
+            assert "1 to 3" in error["message"] and len(error["message"]) < 200
+        for value in (b"0", b"4", b"x", b"", b"1.0", b"\xff", b"1, 2"):
+            answer = await server.ask(COMPLETIONS, ASKED, [(b"x-progressive-min-stage", value)])
+            assert answer.status == 400, value
+        for value in ("0", "x", ""):
+            assert (await server.ask(f"/ready?stage={value}", method="GET")).status == 400
+        server.middleware.vllm = passed = Passed()
+        await server.reach(1)
+        for body in (b"", b"{", b"[]", b'"min_stage"', b"\xff min_stage", b'{"min_stage":' * 20000, b"[" * 99999):
+            await server.ask(COMPLETIONS, body)
+            assert passed.bodies[-1] == body
+
+    served(check)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value, path=()) -> list[tuple]:
+    """Where something stands in a JSON value: the keys and indices that lead there."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, item in inner for place in places(item, (*path, key))]
+
+
+def put(value, path: tuple, new):
+    """The value with something else in a place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = put(copy[path[0]], path[1:], new)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["split_tiny", "planes_tiny"])
+@pytest.mark.parametrize("name", ["progressive.json", "config.json"])
+def test_no_manifest_ends_in_a_traceback(kind, name, request, tmp_path_factory):
+    """Anything in any place of it: a plan, or an error that names what is wrong."""
+    import progressive_serve
+
+    source, folder = request.getfixturevalue(kind), tmp_path_factory.mktemp("fuzz") / "checkpoint"
+    shutil.copytree(source, folder)
+    right = json.loads((source / name).read_text())
+
+    @hypothesis.settings(max_examples=250, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(st.sampled_from(places(right)), JSON_VALUES)
+    def check(place, value):
+        (folder / name).write_text(json.dumps(put(right, place, value)))
+        try:
+            plan = progressive_serve.read_plan(folder)
+            progressive_serve.check_architecture(plan, untested=True)
+            location = progressive_serve.Location(folder, str(folder), "")
+            progressive_serve.check_files(plan, location, 1)
+            progressive_serve.check_headers(plan, location)
+            progressive_serve.choose_min_stage(plan, None)
+        except progressive_serve.UsageError as error:
+            assert str(folder) in str(error) or folder.name in str(error)
+
+    check()
+
+
+def test_no_request_is_answered_by_a_traceback(served):
+    """Whatever is sent as a stage, in whatever bytes: 400, or it is vLLM's to answer; never 5xx."""
+    bodies = st.binary(max_size=40) | st.builds(
+        lambda value, more: json.dumps({**more, "min_stage": value}).encode(),
+        JSON_VALUES | st.integers(-2, 5),
+        st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=2),
+    )
+    headers = st.lists(st.tuples(st.just(b"X-Progressive-Min-Stage"), st.binary(max_size=8)), max_size=2)
+
+    async def check(server):
+        await server.reach(1, 2, 3)
+        server.middleware.vllm = passed = Passed()
+        loop = asyncio.get_running_loop()
+
+        @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
+        @hypothesis.given(bodies, headers, st.text(max_size=6))
+        def ask(body, more, query):
+            answer = run(server.ask(COMPLETIONS, body, more))
+            assert answer.status in (None, 400), answer  # None: it was passed on
+            if answer.status is None:
+                assert b'"min_stage"' not in passed.bodies[-1] or not isinstance(json.loads(passed.bodies[-1]), dict)
+            ready = run(server.ask(f"/ready?stage={urllib.parse.quote(query)}", method="GET"))
+            assert ready.status in (200, 400), query
+
+        def run(coroutine):
+            return asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+
+        await asyncio.to_thread(ask)
+
+    served(check)
+
+
+class Passed:
+    """An application that notes what it is sent."""
+
+    def __init__(self):
+        self.bodies = []
+
+    async def __call__(self, scope, receive, send):
+        self.bodies.append((await receive())["body"])
+
+
+WAITS = {
+    # (what happens, options) -> (status, what the answer says, whether it says when to come again)
+    "the stage takes too long": (lambda server: server.reach(1), {"min_stage_timeout": 0.2}, (503, "0.2 s", True)),
+    "the stage will never come": (lambda server: server.reach(1), {"hold_stage": 2}, (503, "stage 2", False)),
+    "the stage is spoilt": (lambda server: spoil(server, 3), {}, (503, "checksum of a file", False)),
+    "an error ends it all": (lambda server: spoil(server, 1), {}, (503, "checksum of a file", False)),
+}
+
+
+async def spoil(server, stage: int) -> None:
+    server.bind(*range(1, stage))
+    server.mark("error", text="checksum of /secret/folder/a file", stage=stage)
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_nobody_waits_for_ever(case, served, monkeypatch):
+    import progressive_serve
+
+    happens, options, (status, says, again) = WAITS[case]
+    monkeypatch.setattr(progressive_serve.os, "kill", lambda *_: None)
+
+    async def check(server):
+        asked = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": 3}))
+        await until(lambda: server.controller.waiting or asked.done())
+        await happens(server)
+        answer = await asked
+        assert answer.status == status and says in answer.body.decode() and "secret" not in answer.body.decode()
+        assert ("retry-after" in answer.headers) == again
+        ready = await server.ask("/ready?stage=3", method="GET")
+        assert ready.status == 503
+
+    served(check, **options)
+
+
+def test_client_that_hangs_up_waits_no_longer(served):
+    async def check(server):
+        gone = asyncio.Event()
+        asked = asyncio.create_task(server.ask(COMPLETIONS, ASKED, gone=gone))
+        await until(lambda: server.controller.waiting == 1)
+        gone.set()
+        assert (await asked).status is None
+        await until(lambda: server.controller.waiting == 0)
+        assert (await server.ask("/health", method="GET")).status == 200  # which waits for nothing
+
+    served(check)
+
+
+def test_answer_says_where_it_began_and_where_it_ended(served):
+    """A body and a stream; not what is no answer, and whatever is written in its text."""
+
+    async def check(server):
+        await server.reach(1)
+        answered, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow(scope, receive, send):
+            answered.set()
+            await go_on.wait()
+            await echo(scope, receive, send)
+
+        server.middleware.vllm = slow
+        bodies = (ASKED, {**ASKED, "stream": True})
+        asked = [asyncio.create_task(server.ask(COMPLETIONS, body)) for body in bodies]
+        await answered.wait()
+        await server.reach(2)
+        go_on.set()
+        whole, stream = [await answer for answer in asked]
+        assert whole.headers["x-progressive-stage"] == stream.headers["x-progressive-stage"] == "1"
+        assert json.loads(whole.body)["progressive_stage"] == 2
+        assert json.loads(whole.body)["choices"][0]["text"] == TRAP
+        *chunks, done = stream.body.decode().strip().split("\n\n")
+        found = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+        assert done == "data: [DONE]" and [chunk.get("progressive_stage") for chunk in found] == [None, 2, 2]
+        for path, body in ((COMPLETIONS, {"max_tokens": "x"}), ("/tokenize", ASKED)):
+            answer = await server.ask(path, body)
+            assert "progressive_stage" not in json.loads(answer.body) and "x-progressive-stage" in answer.headers
+
+    served(check)
+
+
+def test_ready_from_a_stage_on(served):
+    async def check(server):
+        async def ready(query: str = ""):
+            answer = await server.ask(f"/ready{query}", method="GET")
+            content = json.loads(answer.body)
+            assert content["ready"] == (answer.status == 200)
+            if not content["ready"]:
+                assert content["reason"] and ("retry-after" in answer.headers) == (content["seconds"] is not None)
+            return answer.status, content["stage"]
+
+        assert await ready() == await ready("?stage=2") == (503, 0)
+        await server.reach(1)
+        assert (await ready(), await ready("?stage=1"), await ready("?stage=2")) == ((200, 1), (200, 1), (503, 1))
+        await server.reach(2)
+        assert (await ready("?stage=2"), await ready("?stage=3")) == ((200, 2), (503, 2))
+        server.engine.errored = True
+        await until(server.middleware.engine_ended.done)
+        assert await ready() == (503, 2)
+
+    served(check)
+
+
+def test_metrics_say_what_happened(served):
+    import prometheus_client
+
+    async def check(server):
+        await server.reach(1)
+        request = server.engine.generate(prompt=90, tokens=10)
+        await server.reach(2)
+        request.tokens += 1
+        await until(lambda: not server.controller.tasks)
+        server.mark("error", text="a file is bad", stage=3)
+        text = prometheus_client.generate_latest(prometheus_client.REGISTRY).decode()
+        metrics = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        found = {name: float(value) for name, value in metrics.items()}
+        assert (found["progressive_stage"], found["progressive_stages"]) == (2, 3)
+        assert found['progressive_stage_seconds{stage="1"}'] <= found['progressive_stage_seconds{stage="2"}']
+        files = [file for stage in server.controller.progress.plan.stages[:2] for file in stage.files]
+        assert found["progressive_read_bytes_total"] == sum(file.bytes for file in files)
+        names = ("transitions", "recomputed_requests", "recomputed_tokens", "errors")
+        assert [found[f"progressive_{name}_total"] for name in names] == [1, 1, 100, 1]
+        assert found["progressive_stall_seconds_total"] == found["progressive_stall_seconds_max"] > 0
+        assert found['progressive_optimized{how="eager"}'] == 1 and found['progressive_optimized{how="compiled"}'] == 0
+
+    served(check)
+
+
+def held_app(go_on: asyncio.Event):
+    """An application whose answers wait for an event."""
+
+    async def app(scope, receive, send):
+        if scope["method"] == "POST":
+            await go_on.wait()
+        await echo(scope, receive, send)
+
+    return app
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_drained_transition_waits_for_running_requests(ends, served):
+    """They end at their stage, and those that come meanwhile begin at the next one; or it has waited long enough."""
+
+    async def check(server):
+        go_on = asyncio.Event()
+        await server.reach(1)
+        server.middleware.vllm = held_app(go_on)
+        first = asyncio.create_task(server.ask(COMPLETIONS, ASKED))
+        await until(lambda: server.controller.answering == 1)
+        server.bind(2)
+        await until(server.controller.switching.locked)
+        second = asyncio.create_task(server.ask(COMPLETIONS, ASKED))
+        await until(lambda: server.controller.waiting == 1)
+        assert (await server.ask("/health", method="GET")).status == 200
+        if ends:
+            assert server.controller.progress.active_stage == 1
+            go_on.set()
+        await until(lambda: server.controller.progress.active_stage == 2)
+        go_on.set()
+        found = [json.loads(answer.body)["progressive_stage"] for answer in (await first, await second)]
+        assert found == ([1, 2] if ends else [2, 2])
+        assert second.result().headers["x-progressive-stage"] == "2"
+
+    served(check, drain_timeout=30.0 if ends else 0.2)
+
+
+def activated(server) -> list[int]:
+    return [call[1] for call in server.engine.calls if call[0] == "progressive_activate"]
+
+
+def test_long_stall_waits_for_a_better_moment(served):
+    """Until what runs has ended; what stops nobody for long does not wait."""
+
+    async def check(server):
+        await server.reach(1)
+        server.engine.generate(prompt=100, tokens=100)  # 0.2 s at a thousand a second
+        await server.reach(2)
+        request = server.engine.generate(prompt=1000, tokens=10)
+        server.bind(3)
+        await until(lambda: server.controller.due)
+        await asyncio.sleep(0.1)
+        assert activated(server) == [1, 2]
+        server.engine.output_processor.request_states.clear()
+        await until(lambda: activated(server) == [1, 2, 3])
+        assert request.tokens == 10
+
+    served(check, max_stall=0.5)
+
+
+def test_long_stall_waits_no_longer_than_it_may(served):
+    async def check(server):
+        await server.reach(1)
+        server.engine.generate(prompt=1000, tokens=10)
+        began = time.monotonic()
+        await server.reach(2)
+        assert time.monotonic() - began >= 0.3
+
+    served(check, max_stall=0.5, max_stage_delay=0.3)
+
+
+def test_transitions_near_each_other_become_one(served):
+    """Where the next stage is about to arrive there is one stall instead of two."""
+
+    async def check(server):
+        await server.reach(1)
+        request = server.engine.generate(prompt=10, tokens=1)
+        server.bind(2)
+        await until(lambda: server.controller.due)
+        assert activated(server) == [1]
+        await server.reach(3)
+        assert activated(server) == [1, 3]
+        request.tokens += 1
+
+    served(check, max_stall=60.0, max_stage_delay=600.0)
+
+
+def test_speed_of_recomputing_is_measured(served):
+    async def check(server):
+        await server.reach(1)
+        request = server.engine.generate(prompt=1000, tokens=10)
+        assert server.controller.stalls.expected() == pytest.approx(1.01)
+        request.stats = None  # --disable-log-stats
+        assert server.controller.stalls.expected() == 0
+        await server.reach(2)
+        request.tokens += 1
+        await until(lambda: not server.controller.tasks)
+        assert server.controller.stalls.expected() > 0
+        (event,) = (event for event in server.controller.progress.timeline if event["event"] == "recomputed")
+        assert (event["stage"], event["requests"], event["tokens"]) == (2, 1, 1010)
+
+    served(check)
+
+
+def test_key_is_asked_for_before_anybody_waits(served):
+    """vLLM's own check of --api-key stands before the stages; what operators ask is open, as /health is."""
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    class Outer:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, *arguments):
+            await self.app(*arguments)
+
+    async def check(server):
+        assert (await server.ask(COMPLETIONS, ASKED)).status == 401
+        asked = server.ask(COMPLETIONS, {**ASKED, "min_stage": 2}, [(b"authorization", b"Bearer secret")])
+        asked = asyncio.create_task(asked)
+        await until(lambda: server.controller.waiting == 1)
+        await server.reach(1, 2)
+        answer = await asked
+        assert (answer.status, answer.headers["x-progressive-stage"]) == (200, "2")
+        assert (await server.ask(COMPLETIONS, ASKED)).status == 401
+        for path in ("/progress", "/ready", "/progress.html"):
+            assert (await server.ask(path, method="GET")).status == 200
+
+    served(check, app=Outer(AuthenticationMiddleware(echo, ["secret"])))
+
+
+def test_page_needs_nothing_from_outside(served):
+    async def check(server):
+        page = await server.ask("/progress.html", method="GET")
+        assert page.status == 200 and page.headers["content-type"].startswith("text/html")
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        assert not re.search(rb"https?://|<link|src=|import ", page.body)
+
+    served(check)
+
+
 @pytest.mark.parametrize("begun", [False, True])
-def test_requests_are_told_when_the_engine_has_ended(begun, monkeypatch):
+def test_requests_are_told_when_the_engine_has_ended(begun, served, monkeypatch):
     """vLLM may let them wait, and its server with them, until the client gives up."""
     import progressive_serve
 
     monkeypatch.setattr(progressive_serve, "ENGINE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(progressive_serve, "LAST_WORDS_SECONDS", 0.01)
-    sent, cancelled, counts, engine = [], [], [], SimpleNamespace(errored=False)
-    controller = SimpleNamespace(engine=engine, answering=0)
-    start = {"type": "http.response.start", "status": 200}
+    cancelled = []
 
-    async def never_ending(scope, receive, send):
-        counts.append(controller.answering)
-        if begun:
-            await send(start)
-        engine.errored = True
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.append(True)
+    async def check(server):
+        async def never_ending(scope, receive, send):
+            if begun:
+                await send({"type": "http.response.start", "status": 200})
+            server.engine.errored = True
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.append(True)
 
-    async def send(message):
-        sent.append(message)
-
-    async def ask():
-        middleware = progressive_serve.ProgressMiddleware(never_ending)
-        decided = asyncio.Event()
-        decided.set()
-        state = {
-            "decided": decided,
-            "switching": asyncio.Lock(),
-            "progress": SimpleNamespace(active_stage=1, error=None),
-        }
-        vars(controller).update(state)
-        middleware.controller = controller
-        middleware.transitions = asyncio.create_task(asyncio.Event().wait())
-        middleware.engine_ended = asyncio.create_task(middleware.end_with_engine())
-        await middleware({"type": "http", "path": "/v1/completions", "method": "POST"}, None, send)
+        await server.reach(1)
+        server.middleware.vllm = never_ending
+        waits = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": 3}))
+        answer = await server.ask(COMPLETIONS, ASKED)
+        assert answer.status == (200 if begun else 503)
+        assert (answer.body == b"") if begun else (b"shutting down" in answer.body)
+        assert (await waits).status == 503
         await asyncio.sleep(0)
+        assert cancelled == [True] and server.controller.answering == server.controller.waiting == 0
 
-    asyncio.run(asyncio.wait_for(ask(), 10))
-    assert cancelled == [True] and (counts, controller.answering) == ([1], 0)
-    assert [message.get("status") for message in sent if message["type"] == start["type"]] == [200 if begun else 503]
-    bodies = b"".join(message.get("body", b"") for message in sent)
-    assert (b"" if begun else b"shutting down") in bodies and bool(bodies) != begun
+    served(check)
 
 
 # ---- options ---------------------------------------------------------------------------------------
