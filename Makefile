@@ -60,7 +60,7 @@ demo-adapters: demo/checkpoint/adapters/stage2/training.json
 	$(SAY) "What each stage knows, with and without its adapter (a minute)"
 	@.venv/bin/python eval_triviaqa.py --json demo/results/quality-demo.json
 
-test: demo/checkpoint/progressive.json
+test: demo/checkpoint/progressive.json .venv/lm-eval
 	$(SAY) "Tests"
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
@@ -81,6 +81,10 @@ demo/checkpoint/progressive.json: demo/model/config.json prune_and_split.py
 demo/model/config.json: .venv/installed demo/train_demo_llama.py
 	$(SAY) "Training the demo model, a small LLaMA that knows a few hundred invented facts (2 to 3 minutes on 2 cores)"
 	@.venv/bin/python demo/train_demo_llama.py --force
+
+.venv/lm-eval: .venv/installed tests/lm-eval.txt
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ -r tests/lm-eval.txt
 
 .venv/installed: $(REQUIREMENTS)
 	@command -v $(PYTHON) >/dev/null \

@@ -132,6 +132,10 @@ CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
 STALLED_SECONDS = 24 * 3600  # that a step may take, which waits for its weights while storage stalls; vLLM ends at 300
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
 URI_SCHEMES = ("s3://", "gs://")
+IMPORTED_FOR_NOTHING = (  # where they are installed, half a second each
+    "ray",  # by vLLM, for an executor of no use here
+    "sklearn",  # by transformers, for a way of generating of no use here; with pandas and a thread of Arrow's allocator
+)
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
 ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
@@ -1519,8 +1523,8 @@ def has_changed(path: str, before: tuple | None) -> bool:
 
 
 def state_of(path: str) -> tuple | None:
-    """What changes when a file is written to or replaced; None while there is no such file."""
-    with contextlib.suppress(FileNotFoundError):
+    """What changes when a file is written to or replaced; None while there is none that could be read."""
+    with contextlib.suppress(OSError):
         found = os.stat(path)
         return found.st_ino, found.st_size, found.st_mtime_ns
     return None
@@ -2312,7 +2316,8 @@ def prepare_imports() -> str | None:
     if is_built_for_cpu():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: weights are read at each step
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: no thread pool here, see fork_workers
-    sys.modules["ray"] = None  # half a second; vLLM imports it where it is installed, for an executor of no use here
+    for name in IMPORTED_FOR_NOTHING:
+        sys.modules[name] = None
     gc.disable()  # collecting the millions of new objects over and over makes the imports a fifth slower
     return omp_num_threads
 

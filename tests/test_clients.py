@@ -1,6 +1,5 @@
 """Clients as people have them, against a live server: the openai package, lm-evaluation-harness, a browser."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,13 +9,14 @@ from pathlib import Path
 import openai
 import pytest
 import requests
-from conftest import add_adapter
+from conftest import ROOT, add_adapter
 from pydantic import BaseModel
 from test_progressive_serve import Server, slowly
 
 CHAT = """{% for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 KEY = "a secret"
+LM_EVAL = ROOT / ".venv" / "lm-eval"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -86,7 +86,7 @@ def test_page_shows_the_stages_in_a_browser(server, tmp_path):
     assert "<title>Stage 1 of 3</title>" in page and '<p id="error"></p>' in page
     assert page.count('class="stage active"') == 1 and page.count('class="stage loading"') <= 1
     assert f"{progress['stages'][0]['bytes'] / 1e6:.1f} MB, active at" in page
-    assert page.count("<tr>") == len(progress["timeline"])
+    assert page.count("<tr") == len(progress["timeline"])
 
 
 def test_requests_wait_for_the_full_model(server, client):
@@ -145,7 +145,7 @@ def test_openai_client_finds_nothing_unusual(stream, full, client):
         ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
         assert len(ends) == 1 and chunks[-1].usage.completion_tokens > 0 and chunks[-1].progressive_stage == 3
         messages = [choice.delta if stream else choice.message for chunk in chunks for choice in chunk.choices]
-        if "tool_choice" in options:
+        if "tool_choice" in options and ends != ["length"]:  # it may never close a string
             calls = [call.function for message in messages for call in message.tool_calls or ()]
             assert [call.name for call in calls if call.name] == ["look"]
         if "response_format" in options and ends == ["stop"]:
@@ -173,7 +173,7 @@ KINDS = {  # of a task: what it adds to the configuration, and what it measures
 }
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
+@pytest.mark.skipif(not LM_EVAL.is_dir(), reason="lm-eval is not there: make .venv/lm-eval")
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_harness_runs(kind, full, split_tiny, tmp_path):
     """lm-evaluation-harness' local-completions, on a task made from a local file."""
@@ -186,6 +186,7 @@ def test_evaluation_harness_runs(kind, full, split_tiny, tmp_path):
     command += ["--include_path", tmp_path, "--output_path", tmp_path / "out"]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in where.items())]
     env = {"OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+    env["PYTHONPATH"] = str(LM_EVAL)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (out,) = (tmp_path / "out").rglob("results*.json")

