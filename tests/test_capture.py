@@ -356,6 +356,7 @@ class Engine:
 
     def __init__(self, checkpoint, journal, graphs, missing=None):
         self.vllm_config = engine_config(checkpoint, journal)
+        self.output_processor = SimpleNamespace(request_states={})
         self.graphs, self.missing, self.calls = graphs, missing, []
 
     async def pause_generation(self, mode, clear_cache):
@@ -454,9 +455,8 @@ def test_capture_waits_for_an_idle_moment_and_not_for_ever(answering, split_tiny
 
     async def becomes_idle():
         asyncio.get_running_loop().call_later(0.05, lambda: setattr(controller, "answering", 0))
-        await asyncio.wait_for(controller.wait_until_idle(), 30)
+        await asyncio.wait_for(controller.wait_until_idle(60.0), 30)
 
-    monkeypatch.setattr(progressive_serve, "IDLE_SECONDS", 60.0)
     controller.answering = 1
     asyncio.run(becomes_idle())
 

@@ -1129,6 +1129,23 @@ def test_help_is_readable_on_80_columns():
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_options_of_the_running_server():
+    """In the units that it goes by."""
+    import progressive_serve
+
+    def of(*options: str) -> dict:
+        args, others = progressive_serve.parse_args(["CKPT", *options])
+        assert others == []
+        return progressive_serve.of_serving(args)
+
+    usual = of()
+    assert (usual["drain_timeout"], usual["max_stall"], usual["min_stage_timeout"]) == (0, None, 300)
+    assert of("--drain-timeout", "5") == usual  # without --transition drain
+    assert of("--transition", "drain") == usual | {"drain_timeout": 30}
+    assert of("--transition", "drain", "--drain-timeout", "5") == usual | {"drain_timeout": 5}
+    assert of("--max-stall", "500", "--max-stage-delay", "2") == usual | {"max_stall": 0.5, "max_stage_delay": 2}
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -1141,6 +1158,9 @@ def test_help_is_readable_on_80_columns():
         (["{checkpoint}", "--max-loss", "little"], "little"),
         (["{checkpoint}", "--max-loss", "-1"], "-1"),
         (["{checkpoint}", "--cache-dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["{checkpoint}", "--transition", "wait"], "wait"),
+        (["{checkpoint}", "--max-stall", "0"], "0 is no positive number"),
+        (["{checkpoint}", "--min-stage-timeout", "never"], "never"),
         (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
         (["{checkpoint}", "--enable-lora"], "--enable-lora"),
         (["{checkpoint}", "--port", "{taken}", "--log-level", "ERROR"], "{taken}"),
