@@ -667,35 +667,21 @@ def test_any_signal_at_any_moment_ends_everything(moment, number, kind, request,
         server.stop()
 
 
-def cut(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
-    os.utime(path, (0, 0))
-
-
-def replace_by_a_link_to_itself(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)  # cannot be opened, not even by root
-
-
-BAD_FILES = {  # what is wrong with the file of the last stage
-    "corrupt": flip_last_byte,
-    "truncated": cut,
-    "missing": Path.unlink,
-    "unreadable": replace_by_a_link_to_itself,
-}
-
-
 @pytest.mark.parametrize(
     ("kind", "checkpoint"),
-    [*((kind, "demo_checkpoint") for kind in BAD_FILES), ("corrupt", "adapted_checkpoint"), ("corrupt", "demo_planes")],
+    [
+        ("missing", "demo_checkpoint"),
+        ("corrupt", "demo_checkpoint"),
+        ("corrupt", "adapted_checkpoint"),
+        ("corrupt", "demo_planes"),
+    ],
 )
 def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, probed_float32, request, tmp_path):
     """It stays at the stage before and serves; when the file is put right it goes on, and ends as the full model."""
     source, broken = request.getfixturevalue(checkpoint), tmp_path / "broken"
     shutil.copytree(source, broken)
     bad = broken / "model-stage3.safetensors"
-    BAD_FILES[kind](bad)
+    bad.unlink() if kind == "missing" else flip_last_byte(bad)
     for path in (*broken.iterdir(), broken):
         os.utime(path, (0, 0), follow_symlinks=False)  # nobody is just copying it there
     server = Server(broken, tmp_path / "log", "--dtype", "float32")
@@ -714,7 +700,6 @@ def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, probed_flo
         assert refused.status_code == 503 and bad.name in refused.json()["error"]["message"]
         assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "2"
 
-        bad.unlink(missing_ok=True)
         shutil.copy(source / bad.name, tmp_path / "good")
         os.rename(tmp_path / "good", bad)
         server.wait_for(lambda: server.answers(3))

@@ -838,25 +838,40 @@ def test_chunks_take_their_turns_in_order():
     assert order == [10, 20, 30, 40]
 
 
-@pytest.mark.parametrize("kind", ["split_tiny", "planes_tiny"])
-def test_file_that_is_replaced_by_another_is_not_handed_out(kind, request, tmp_path):
-    """Of the same size and age, before it is read; once the right one is back, it is."""
+def replace_by_another(path: Path) -> None:
+    """Of the same size and age."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    os.utime(other, (0, 0))
+    os.rename(other, path)
+
+
+def replace_by_a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)  # cannot be opened, not even by root
+
+
+BAD_FILES = {"replaced": replace_by_another, "cut off": truncate, "unreadable": replace_by_a_link_to_itself}
+
+
+@pytest.mark.parametrize(("case", "kind"), [*((case, "split_tiny") for case in BAD_FILES), ("replaced", "planes_tiny")])
+def test_bad_file_of_a_later_stage_is_not_handed_out_and_mended(case, kind, request, tmp_path):
+    """What becomes of it before it is read; once the right one is back, it is handed out."""
     copied = age(Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "checkpoint")))
     path = copied / "model-stage3.safetensors"
     right = path.read_bytes()
     size = sum(file.stat().st_size for file in copied.glob("*.safetensors"))
     reading = Reading(copied, limit_mbps=size / 1e6)
     try:
-        (tmp_path / "other").write_bytes(right[:-64] + bytes(64))
-        os.utime(tmp_path / "other", (0, 0))
-        os.rename(tmp_path / "other", path)
+        BAD_FILES[case](path)
+        os.utime(copied, (0, 0))
         reading.wait_for(lambda progress: progress.bad)
         assert path.name in reading.progress.error and reading.progress.last_stage() == 2
         assert 3 not in reading.progress.resident and reading.progress.state_of(reading.plan.stages[2]) != "resident"
         (tmp_path / "other").write_bytes(right)
         os.rename(tmp_path / "other", path)
         reading.wait_for_all()
-        assert reading.progress.last_stage() == 3
+        assert reading.progress.last_stage() == 3 and reading.progress.error is None
         if kind == "split_tiny":
             assert reading.bytes_of(path.name) == right
         else:  # the decoder has taken them
