@@ -4426,7 +4426,7 @@ PROGRESS_PAGE = """<!doctype html>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
   h1 { font-size: 1.3rem; margin: 0 } p { margin: .3rem 0 1.2rem; color: #555 } #error { color: #b00020 }
-  .stage { display: grid; grid-template-columns: 4.5rem 1fr 18rem; gap: .8rem; align-items: center; margin: .4rem 0 }
+  .stage { display: grid; grid-template-columns: 4.5rem 1fr 20rem; gap: .8rem; align-items: center; margin: .4rem 0 }
   .bar { height: 1.1rem; background: #e8e8ee; border-radius: 3px; overflow: hidden }
   .bar i { display: block; height: 100%; background: #9db8dd } .active .bar i { background: #2f7d4f }
   .stage span:last-child { color: #555; font-variant-numeric: tabular-nums }
