@@ -942,9 +942,9 @@ class Journal:
         "not cached": ("reader", ("file", "reason")),
         "not adapted": ("server", ("reason",)),  # an adapter is left out
         "imported": ("server", ()),  # torch and vLLM
-        "offered": ("decoder", ("stage",)),  # what workers bind next; its tensors are there or being made
-        "tensor": ("decoder", ("stage", "name", "dtype", "shape", "begin", "end")),  # is made, and where it lies
-        "decoded": ("decoder", ("stage",)),  # there are no more tensors
+        "offered": ("decoder", ("stage", "attempt")),  # what workers bind next; its tensors are there or being made
+        "tensor": ("decoder", ("stage", "attempt", "name", "dtype", "shape", "begin", "end")),  # is made; where it lies
+        "decoded": ("decoder", ("stage", "attempt")),  # there are no more tensors
         "model created": ("worker", ("rank",)),  # and empty
         "binding": ("worker of rank 0", ("stage", "serve", "streamed", "ranks")),  # the decision, see FirstStage
         "bound": ("worker", ("stage", "rank")),
@@ -1023,10 +1023,12 @@ class Arrivals:
             self.read[fields["file"]] = fields["bytes"]
         elif event == "resident":
             self.resident.add(fields["stage"])
+        elif "attempt" in fields and fields["attempt"] != self.attempt(fields["stage"]):
+            return  # the decoder did not know yet that it was making this of bad bytes
         elif event == "offered":
             self.offered.append(fields["stage"])
         elif event == "tensor":
-            self.tensors[fields.pop("stage")].append(fields)
+            self.tensors[fields["stage"]].append(fields)
         elif event == "decoded":
             self.decoded.add(fields["stage"])
         elif event == "imported":
@@ -1040,11 +1042,12 @@ class Arrivals:
         elif event == "spoilt":
             self.bad[fields["stage"]] = fields["text"]
             self.times_bad[fields["stage"]] += 1
+            for stage in range(fields["stage"], self.plan.num_stages + 1):  # the decoder will make them anew
+                self.offered = [offered for offered in self.offered if offered != stage]
+                self.tensors.pop(stage, None)
+                self.decoded.discard(stage)
         elif event == "mended":
             self.bad.pop(fields["stage"], None)
-            self.offered = [stage for stage in self.offered if stage < fields["stage"]]
-            for stage in range(fields["stage"], self.plan.num_stages + 1):  # the decoder makes them anew
-                self.tensors[stage].clear()
         elif event == "error":
             self.errors.setdefault(fields["stage"], fields["text"])
 
@@ -1057,6 +1060,10 @@ class Arrivals:
     def spoilt(self) -> int | None:
         """The first stage that an error keeps from being served."""
         return min(self.errors | self.bad, default=None)
+
+    def attempt(self, stage: int) -> int:
+        """How often bytes that `stage` is made of have been bad: what was made before counts no more."""
+        return sum(times for bad, times in self.times_bad.items() if bad <= stage)
 
     def resident_stage(self) -> int:
         """The most complete stage whose bytes have all arrived."""
@@ -1388,10 +1395,11 @@ class StageReader:
         That is when one has changed, and every now and then where one could not be read, or lies elsewhere.
         """
         paths, (pause, longest) = [self.location.path_of(file) for file in stage.files], RETRY_SECONDS
+        needed = self.plan.stages[: stage.number] if self.plan.is_decoded else (stage,)  # for another attempt
         for attempt in itertools.count():
             before = list(map(state_of, paths))
             try:
-                for file in stage.files:
+                for file in itertools.chain(*(row.files for row in needed)) if attempt else stage.files:
                     if attempt:
                         self.buffer.refill(file.name)
                     self.read_file(file, early=not attempt)
@@ -1660,6 +1668,7 @@ class Decoder(Inflow):
         super().__init__(plan, job.journal, job.buffer, WeightBuffer.DECODER)
         self.start_stage, self.min_stage, self.hold_stage = job.start_stage, job.min_stage, job.hold_stage
         self.stage = 0  # that is being decoded
+        self.attempt = 0  # see Arrivals.attempt
         self.busy = self.begun = 0.0  # seconds that decoding it has taken, without waiting; when the last tensor began
 
     def run(self) -> None:
@@ -1716,14 +1725,14 @@ class Decoder(Inflow):
             self.offer()
 
     def offer(self) -> None:
-        self.journal.mark("offered", stage=self.stage)
+        self.journal.mark("offered", stage=self.stage, attempt=self.attempt)
         super().follow()
 
     def decode(self, run: Callable) -> None:
         """Make the tensors of a stage; returns early when a better one is to be made instead."""
         memory, is_first = self.buffer.place_of(self.stage), not self.arrivals.offered
         begin = end = 0
-        self.busy = 0.0
+        self.busy, self.attempt = 0.0, self.arrivals.attempt(self.stage)
 
         def room(size: int) -> memoryview:
             nonlocal begin, end
@@ -1739,11 +1748,14 @@ class Decoder(Inflow):
             self.offer()
         for name, dtype, shape in self.tensors(room, run):
             where = {"begin": begin, "end": end}
-            self.journal.mark("tensor", stage=self.stage, name=name, dtype=dtype, shape=shape, **where)
+            known = {"stage": self.stage, "attempt": self.attempt}
+            self.journal.mark("tensor", **known, name=name, dtype=dtype, shape=shape, **where)
             self.follow()
+            if self.attempt != self.arrivals.attempt(self.stage):
+                raise StageSpoilt(f"bytes of stage {self.stage} have turned out bad")
             if self.is_overtaken():
                 return self.buffer.clear(self.stage)
-        self.journal.mark("decoded", stage=self.stage)
+        self.journal.mark("decoded", stage=self.stage, attempt=self.attempt)
         self.wait(lambda arrivals: self.stage in arrivals.bound or self.is_overtaken(), self.stage)
         if self.is_overtaken():
             self.buffer.clear(self.stage)
@@ -1776,7 +1788,8 @@ class Decoder(Inflow):
         """tensors_of(), and each record is compared with its own checksum while the file as a whole has not been."""
         checksums = collections.ChainMap(*(file.records for file in stage.files))
         for name, dtype, shape, data in self.tensors_of(stage, keep=self.stage < self.hold_stage):
-            is_known_good = stage.number in self.arrivals.resident or not name.endswith(RECORD)
+            is_resident = stage.number in self.arrivals.resident and not self.attempt  # else it was read once more
+            is_known_good = is_resident or not name.endswith(RECORD)
             if not is_known_good and blake3(data).hexdigest() != checksums[name]:
                 raise ValueError(f"{name}: blake3 checksum differs from progressive.json")
             yield name, dtype, shape, data
@@ -2855,8 +2868,7 @@ class StageSource(Inflow):
             return bound + 1 if bound else self.arrivals.resident_stage()
 
         def offered(arrivals: Arrivals) -> int | None:
-            sound = min(arrivals.bad, default=NEVER)
-            return next((stage for stage in arrivals.offered if bound < stage < sound), None)
+            return next((stage for stage in arrivals.offered if stage > bound), None)
 
         self.wait(offered, bound + 1)
         return offered(self.arrivals)
@@ -2980,7 +2992,7 @@ class Binding:
         served_at: the stage that they will be served at first. Part by part: vLLM's loaders look up the parameters when
         they begin, and a part that was packed has others.
         """
-        failure, times_bad = None, self.times_bad(stages)
+        failure, attempt = None, self.source.arrivals.attempt(stages[-1].number)
         try:
             with self.placing.copying:
                 by_part = itertools.groupby(self.arriving(stages), key=lambda weight: self.part_of(weight[0]))
@@ -2995,13 +3007,10 @@ class Binding:
         except Exception as error:
             failure = error
         self.source.wait_resident(stages[-1].number)  # a wrong checksum says more than the error that it has led to
-        if self.times_bad(stages) != times_bad:
+        if attempt != self.source.arrivals.attempt(stages[-1].number):
             raise StageSpoilt("bytes have been read anew that were in use already") from failure
         if failure:
             raise failure
-
-    def times_bad(self, stages: tuple[Stage, ...]) -> int:
-        return sum(self.source.arrivals.times_bad[stage.number] for stage in stages)
 
     def arriving(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of stages, for who holds `placing.copying`, which others can have while this waits for bytes."""

@@ -1057,6 +1057,33 @@ def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
     assert not decoding.thread.is_alive()
 
 
+def test_stage_is_made_anew_when_its_bytes_are_mended(planes_tiny):
+    """Whole, whatever was made and taken of it before: the records may have been good, and the file yet bad."""
+    source = load_file(planes_tiny.with_name("model") / "model.safetensors")
+    decoding = Decoding(planes_tiny, start_stage=1)
+    decoding.journal.mark("model created", rank=0)
+    for stage in (1, 2):
+        decoding.arrive(stage)
+        assert decoding.source.next_stage(stage - 1) == stage
+        decoding.weights(stage, stage)
+    decoding.arrive(3, verified=False)
+    assert decoding.source.next_stage(2) == 3
+    half = decoding.source.weights(decoding.plan.stages[2:])
+    assert next(half) and next(half)
+    decoding.wait_for(lambda arrivals: 3 in arrivals.decoded)
+    decoding.journal.mark("spoilt", stage=3, text="the checksum of the file differs")
+    late = {"name": "late", "dtype": "BF16", "shape": [1], "begin": 0, "end": 2}
+    decoding.journal.mark("tensor", stage=3, attempt=0, **late)  # by a decoder that has not heard of it
+    decoding.wait_for(lambda arrivals: arrivals.bad)
+    for file in decoding.plan.files:
+        decoding.buffer.refill(file.name)
+        decoding.buffer.place_of(file.name)[:] = (planes_tiny / file.name).read_bytes()
+    decoding.journal.mark("mended", stage=3)
+    decoding.arrive(3)
+    assert decoding.source.next_stage(2) == 3
+    assert_same(decoding.weights(3, 3), source)
+
+
 def test_stage_that_holds_more_than_the_manifest_says(planes_tiny):
     """Room is what the manifest bounds: a decompression bomb ends there."""
     decoding = Decoding(planes_tiny, decoded_bytes=1 << 18)
