@@ -132,8 +132,8 @@ CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
 STALLED_SECONDS = 24 * 3600  # that a step may take, which waits for its weights while storage stalls; vLLM ends at 300
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
 URI_SCHEMES = ("s3://", "gs://")
-IMPORTED_FOR_NOTHING = (  # where they are installed, half a second each
-    "ray",  # by vLLM, for an executor of no use here
+IMPORTED_FOR_NOTHING = (  # where they are installed
+    "ray",  # half a second; by vLLM, for an executor of no use here
     "sklearn",  # by transformers, for a way of generating of no use here; with pandas and a thread of Arrow's allocator
 )
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
@@ -1852,13 +1852,25 @@ def end_with_server(job: ReadJob) -> None:
     os._exit(1)
 
 
+def end_for_headers(reader: StageReader) -> None:
+    """End this process, and so the start of the server, where the stage files are not of this manifest."""
+    try:
+        check_headers(reader.plan, reader.location)
+    except UsageError as error:
+        reader.journal.mark("error", text=str(error), stage=1)
+        os._exit(1)
+
+
 def run_reader(job: ReadJob) -> int:
     """The reader process. Returns its exit status; where there is a scratch folder it stays as long as the server."""
     reader = StageReader(job)
     decoding = start_decoder(job, reader.plan) if reader.plan.is_decoded else None
     guard = threading.Thread(target=end_with_server, args=(job,), daemon=True)
     guard.start()
+    checking = threading.Thread(target=end_for_headers, args=(reader,), daemon=True)
+    checking.start()  # which ends long before anything can be served
     status = reader.run()
+    checking.join()
     if decoding:
         decoding.join()
     if status == 0 and os.path.isdir(job.scratch):
@@ -1983,14 +1995,13 @@ def start_reading(
         say(f"warning: left out, as --lenient-adapters says: {error}")
         journal.mark("not adapted", reason=str(error))
 
-    try:  # looked at while storage works already
-        check_headers(plan, location)
-        if adapters:
+    if adapters:  # looked at while storage works already
+        try:
             adapted = sorted(read_adapters(plan, leave_out if lenient else None))
-            launch.serving = replace(serving, adapters=tuple(stage for stage in adapted if stage <= hold_stage))
-    except UsageError:
-        launch.close()
-        raise
+        except UsageError:
+            launch.close()
+            raise
+        launch.serving = replace(serving, adapters=tuple(stage for stage in adapted if stage <= hold_stage))
     return launch
 
 

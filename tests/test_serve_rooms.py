@@ -123,6 +123,10 @@ BAD_CHECKPOINTS = {
     "file missing": (lambda folder: (folder / "model-stage1.safetensors").unlink(), "model-stage1.safetensors"),
     "file truncated": (lambda folder: truncate(folder / "model-stage1.safetensors"), "model-stage1.safetensors"),
     "adapter of no stage": (lambda folder: (folder / "adapters/stage9").mkdir(parents=True), "stage9"),
+    "a tensor too many": (
+        lambda folder: rewrite(folder, 3, lambda found: found.update({"model.more": torch.ones(1)})),
+        "model.more",
+    ),
     "checksum of stage 1": (lambda folder: flip_last_byte(folder / "model-stage1.safetensors"), "model-stage1"),
 }
 
@@ -181,16 +185,18 @@ def drop(tensors: dict, ending: str) -> None:
 
 @pytest.mark.parametrize("case", MISMATCHES)
 def test_files_that_do_not_fit_the_manifest_are_refused(case, request, tmp_path):
-    """Of any stage, before anything is served."""
-    import progressive_serve
-
+    """Of any stage, before anything is served: by a look at the headers, beside the reading."""
     fixture, stage, change, says = MISMATCHES[case]
     folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "checkpoint"))
-    progressive_serve.start_reading(folder, start=time.monotonic()).close()
     rewrite(folder, stage, change)
-    with pytest.raises(progressive_serve.UsageError, match=f"model-stage{stage}") as error:
-        progressive_serve.start_reading(folder, start=time.monotonic())
-    assert says in str(error.value)
+    reading = Reading(folder, limit_mbps=0.001)
+    try:
+        reading.wait_for(lambda progress: progress.errors)
+        assert f"model-stage{stage}" in reading.progress.error and says in reading.progress.error
+        assert reading.progress.last_stage() == 0 and reading.launch.start_failure()
+        assert reading.launch.reader.wait(30) == 1
+    finally:
+        reading.launch.close()
 
 
 def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
