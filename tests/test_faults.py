@@ -31,6 +31,13 @@ def check_nothing_is_left(processes: list[psutil.Process]) -> None:
     assert alive == []
 
 
+def check_it_ends(server: Server, processes: list[psutil.Process]) -> None:
+    """Within ten seconds of SIGTERM, with all of its processes."""
+    server.process.terminate()
+    assert server.process.wait(10) in (0, 128 + signal.SIGTERM)
+    check_nothing_is_left(processes)
+
+
 def test_storage_that_hangs_stops_nobody(split_tiny, tmp_path):
     """In the middle of the last stage: tokens flow, and SIGTERM ends everything."""
     checkpoint = tmp_path / "checkpoint"
@@ -47,10 +54,7 @@ def test_storage_that_hangs_stops_nobody(split_tiny, tmp_path):
         assert answer.json()["usage"]["completion_tokens"] == 200 and answer.headers["X-Progressive-Stage"] == "2"
         ready = requests.get(f"{server.url}/ready?stage=3", timeout=10)
         assert ready.status_code == 503 and "arriving" in ready.json()["reason"]
-        processes = family(server)
-        server.process.terminate()
-        assert server.process.wait(10) == 0
-        check_nothing_is_left(processes)
+        check_it_ends(server, family(server))
     finally:
         server.stop()
 
@@ -61,9 +65,7 @@ def test_reader_that_is_stopped_ends_with_the_server(split_tiny, tmp_path):
         server.wait_for(server.is_up)
         processes = family(server)
         server.reader().suspend()
-        server.process.terminate()
-        assert server.process.wait(10) in (0, 128 + signal.SIGTERM)
-        check_nothing_is_left(processes)
+        check_it_ends(server, processes)
     finally:
         server.stop()
 
