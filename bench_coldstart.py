@@ -203,11 +203,11 @@ FORK_LAUNCHER = """
 import os
 threads = os.environ.pop("OMP_NUM_THREADS", None)
 os.environ["OMP_NUM_THREADS"] = "1"
-from torch import ones, set_num_threads
+from torch import set_num_threads
 del os.environ["OMP_NUM_THREADS"]
 if threads:
     os.environ["OMP_NUM_THREADS"] = threads
-import multiprocessing, re, uvloop
+import ctypes, multiprocessing, re, uvloop
 try:
     from vllm.entrypoints.launchers import cli_args
     from vllm.entrypoints.launchers.api_server.entry import run_server
@@ -228,11 +228,14 @@ def adopt_omp_settings_and_load(*args, **kwargs):
     if multiprocessing.current_process().name != "MainProcess":
         set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
         cores = re.findall(r"\\d+", os.environ.get("GOMP_CPU_AFFINITY") or os.environ.get("OMP_PLACES", ""))
-        others = set(os.listdir("/proc/self/task"))
-        ones(1 << 20).add_(1)
-        pool = sorted(map(int, set(os.listdir("/proc/self/task")) - others))
-        for thread, core in zip([0, *pool], cores):
-            os.sched_setaffinity(thread, [int(core)])
+        omp = ctypes.CDLL(None)
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        def bind(_):
+            os.sched_setaffinity(0, [int(cores[omp.omp_get_thread_num()])])
+
+        if cores:
+            omp.GOMP_parallel(bind, None, len(cores), 0)
     return load_model(*args, **kwargs)
 
 current_platform.check_and_update_config = check_and_fork

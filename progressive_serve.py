@@ -3328,11 +3328,13 @@ def adopt_omp_settings() -> None:
     cores = re.findall(r"\d+", os.environ.get("GOMP_CPU_AFFINITY") or os.environ.get("OMP_PLACES", ""))
     if not cores:
         return
-    others = set(os.listdir("/proc/self/task"))
-    torch.ones(1 << 20).add_(1)  # large enough for every thread of the OpenMP pool, which begins here
-    pool = sorted(map(int, set(os.listdir("/proc/self/task")) - others))
-    for thread, core in zip([0, *pool], cores, strict=False):
-        os.sched_setaffinity(thread, [int(core)])
+    omp = ctypes.CDLL(None)  # torch's, or what is preloaded in its place
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def bind(_) -> None:
+        os.sched_setaffinity(0, [int(cores[omp.omp_get_thread_num()])])
+
+    omp.GOMP_parallel(bind, None, len(cores), 0)  # calls it in each thread of the pool, which begins here
 
 
 class LazyZeros(torch.overrides.TorchFunctionMode):

@@ -242,13 +242,13 @@ def test_control_group_is_the_callers(standby, control_group, start, split_tiny)
 
 def test_bad_checkpoint(standby, split_tiny, tmp_path):
     broken = Path(shutil.copytree(split_tiny, tmp_path / "broken"))
-    (broken / "model-stage2.safetensors").unlink()
+    (broken / "model-stage1.safetensors").unlink()  # without which nothing can be served
     for path in (broken, *broken.iterdir()):
         os.utime(path, (0, 0))  # long ago: nobody is just copying it there
     forked = run_script(SERVER, broken, "--from-standby", standby.socket)
     alone = run_script(SERVER, broken)
     assert (forked.returncode, forked.stdout, forked.stderr) == (2, "", alone.stderr)
-    assert "model-stage2.safetensors is missing" in forked.stderr
+    assert "model-stage1.safetensors is missing" in forked.stderr
 
 
 def test_damaged_checkpoint(standby, split_tiny, tmp_path):
