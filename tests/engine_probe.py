@@ -41,6 +41,8 @@ ANSWER_TOKENS = 12
 FLIGHT_TOKENS = 96
 START_READING = progressive_serve.start_reading
 
+gc.freeze()  # vLLM collects garbage nine times per engine; over all that is imported, that took two thirds of the tests
+
 
 def sampling(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=tokens, logprobs=3, ignore_eos=True)
@@ -101,8 +103,8 @@ def read_whole(*args, **options) -> progressive_serve.Launch:
 def close(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    cleanup_dist_env_and_memory()  # collects garbage, of everything
+    gc.freeze()
 
 
 def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
