@@ -282,7 +282,7 @@ print(len(host) / 1e6 / seconds)
 DECODE = """
 import importlib.util, itertools, json, os, sys, time
 from safetensors import safe_open
-script, most, *stages = sys.argv[1:]
+script, samples, most, *stages = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("progressive_serve", script)
 server = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(server)
@@ -291,19 +291,22 @@ os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 files = [safe_open(file, "numpy") for file in stages]
 common = set.intersection(*(set(file.keys()) for file in files))
 names = [name for name in files[0].keys() if name in common and name.endswith(server.RECORD)]
-seconds, done, memory = [0.0] * len(files), 0, bytearray(1)
-for turn, name in enumerate([names[0], *names]):
-    records = [memoryview(file.get_tensor(name)) for file in files]
-    size = server.join_planes(records)[1].nbytes
-    memory = memory if len(memory) >= size else bytearray(size)
-    for stage in range(len(files)):
-        began = time.perf_counter()
-        server.join_planes(records[: stage + 1], lambda size: memoryview(memory)[:size])
-        seconds[stage] += (time.perf_counter() - began) if turn else 0.0
-    done += size if turn else 0
-    if done > int(most):
-        break
-print(json.dumps([done / 1e6 / one for one in seconds]))
+memory, found = bytearray(1), []
+for _ in range(int(samples)):
+    seconds, done = [0.0] * len(files), 0
+    for turn, name in enumerate([names[0], *names]):
+        records = [memoryview(file.get_tensor(name)) for file in files]
+        size = server.join_planes(records)[1].nbytes
+        memory = memory if len(memory) >= size else bytearray(size)
+        for stage in range(len(files)):
+            began = time.perf_counter()
+            server.join_planes(records[: stage + 1], lambda size: memoryview(memory)[:size])
+            seconds[stage] += (time.perf_counter() - began) if turn else 0.0
+        done += size if turn else 0
+        if done > int(most):
+            break
+    found.append([done / 1e6 / one for one in seconds])
+print(json.dumps(found))
 """
 
 
@@ -1150,11 +1153,12 @@ def loader_alone_mbps(args: argparse.Namespace) -> float:
     return stage_bytes(args.checkpoint)[0] / 1e6 / (at["resident"] - at["reading"])
 
 
-def decoder_alone_mbps(checkpoint: Path) -> list[float]:
-    """MB/s of weights that one core makes of stages of planes: of stage 1, of stages 1 and 2, ..., of all."""
+def decoder_alone_mbps(checkpoint: Path) -> list[list[float]]:
+    """Samples of the MB/s of weights that one core makes of stages of planes: of stage 1, of 1 and 2, ..., of all."""
     files = [str(checkpoint / stage["files"][0]["name"]) for stage in read_manifest(checkpoint)["stages"]]
-    command = [sys.executable, "-c", DECODE, str(SERVER), str(DECODE_BYTES), *files]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-c", DECODE, str(SERVER), str(STORAGE_SAMPLES), str(DECODE_BYTES), *files]
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}  # it has nothing to say here
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -1170,10 +1174,10 @@ def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, r
         result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args, mbps, procs))
         if not mbps:
             result.setdefault("loader_alone", []).append(loader_alone_mbps(args))
-            for checkpoint in {checkpoint_of(mode, args) for mode in args.modes if is_progressive(mode)}:
-                if read_manifest(checkpoint)["stages"][0]["kind"] == "planes":
-                    samples = result.setdefault("decoder_alone", {}).setdefault(checkpoint.name, [])
-                    samples.append(decoder_alone_mbps(checkpoint))
+    for checkpoint in {checkpoint_of(mode, args) for mode in args.modes if is_progressive(mode)}:
+        if not mbps and read_manifest(checkpoint)["stages"][0]["kind"] == "planes":
+            samples = result.setdefault("decoder_alone", {}).setdefault(checkpoint.name, [])
+            samples += decoder_alone_mbps(checkpoint)
     if HAS_GPU:
         result.setdefault("host_to_device", []).append(host_to_device_mbps())
 

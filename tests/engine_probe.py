@@ -41,7 +41,7 @@ ANSWER_TOKENS = 12
 FLIGHT_TOKENS = 96
 START_READING = progressive_serve.start_reading
 
-gc.freeze()  # vLLM collects garbage nine times per engine; over all that is imported, that took two thirds of the tests
+gc.freeze()  # vLLM collects garbage nine times per engine: two thirds of an engine's time, if of all that is imported
 
 
 def sampling(tokens: int) -> SamplingParams:

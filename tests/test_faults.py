@@ -70,6 +70,24 @@ def test_reader_that_is_stopped_ends_with_the_server(split_tiny, tmp_path):
         server.stop()
 
 
+def test_running_requests_finish_when_the_server_is_to_end(split_tiny, tmp_path):
+    """With --shutdown-timeout, which is vLLM's; also while weights arrive."""
+    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny, 5), "--shutdown-timeout", "50")
+    try:
+        reader = server.hold_reader()
+        server.wait_for(server.answers)
+        processes = family(server)
+        stream = server.complete("Hello", 900, stream=True)
+        server.process.terminate()
+        reader.resume()
+        lines = [line for line in stream.iter_lines() if line]
+        assert lines[-1] == b"data: [DONE]" and len(lines) > 800
+        assert server.process.wait(60) == 0
+        check_nothing_is_left(processes)
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("name", ["VLLM::Worker", "VLLM::Engine"])
 def test_process_of_vllm_that_is_killed(name, split_tiny, tmp_path):
     """Requests in flight, and those that wait for a stage, get an error at once; and the server ends."""

@@ -654,17 +654,44 @@ def test_any_signal_at_any_moment_ends_everything(moment, number, kind, request,
     try:
         reader = server.reader()
         server.wait_for(lambda: MOMENTS[moment](server, reader))
-        processes = {reader, *reader.children(), *psutil.Process(server.process.pid).children(recursive=True)}
-        server.process.send_signal(number)
-        assert server.process.wait(10) in (0, -number, 128 + number)
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        assert alive == []
-        assert [path.name for path in temporary.glob("progressive-serve-*")] == []
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are not listeners
-            probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        check_nothing_survives(server, number, temporary)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [("resident", signal.SIGINT), ("bound", signal.SIGTERM), ("bound", signal.SIGKILL)]
+)
+def test_any_signal_while_it_grows_ends_everything(moment, number, split_tiny, tmp_path):
+    """Streams run, and stage 2 is arriving or about to become active."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny, 5), TMPDIR=str(temporary))
+    try:
+        reader = server.hold_reader()
+        server.wait_for(server.answers)
+        streams = [server.complete(prompt, 900, stream=True) for prompt in "ABCDEFGH"]
+        assert {stream.headers["X-Progressive-Stage"] for stream in streams} == {"1"}
+        reader.resume()
+        if moment == "bound":
+            journal = journal_of(reader)
+            server.wait_for(lambda: journal.read_text().count('"bound"') == 2)
+        check_nothing_survives(server, number, temporary)
+    finally:
+        server.stop()
+
+
+def check_nothing_survives(server: Server, number: int, temporary: Path) -> None:
+    """It ends of a signal within ten seconds, and neither processes nor folders nor its port are left."""
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.send_signal(number)
+    assert server.process.wait(10) in (0, -number, 128 + number)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    assert [path.name for path in temporary.glob("progressive-serve-*")] == []
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are not listeners
+        probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
 
 
 @pytest.mark.parametrize(
