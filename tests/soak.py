@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from train_adapters import provenance
 
-READ_SECONDS = 4.0  # that the whole checkpoint takes
+READ_SECONDS = 3.0  # that the whole checkpoint takes
 SERVED = ["--dtype", "float32", "--max-num-seqs", "48", "--kv-cache-memory-bytes", str(512 << 20), "--min-stage", "1"]
-STREAM_TOKENS, CHECKED_TOKENS, ANSWER_TOKENS = 300, 8, 12
+STREAM_TOKENS, CHECKED_TOKENS, ANSWER_TOKENS = 400, 8, 12
 KILL_SECONDS = 12.0  # a server is up after about eight
 WARM_TRANSITIONS = 20  # after which memory is looked at
 
