@@ -2291,8 +2291,10 @@ def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) ->
                 Caller.of_this_process(argv).send(connection)
             answer = json.loads(answers.readline() or "{}")
             if "server" in answer:
-                forward_signals(connection)
+                woken = forward_signals(connection)
                 connection.settimeout(None)
+                while connection not in select.select([connection, woken], [], [])[0]:
+                    woken.recv(64)
                 answer = json.loads(answers.readline() or "{}")
         except OSError as error:
             answer = {"refused": f"does not answer ({error})"}
@@ -2308,8 +2310,12 @@ def serve_from_standby(path: str, connection: socket.socket, argv: list[str]) ->
     return answer["status"]
 
 
-def forward_signals(connection: socket.socket) -> None:
-    """To the server, which is in a session of its own: what reaches this process and its group reaches it once."""
+def forward_signals(connection: socket.socket) -> socket.socket:
+    """To the server, which is in a session of its own: what reaches this process and its group reaches it once.
+
+    Returns what can be read after a signal: one that comes just before this process waits has to end that, for its
+    handler to run.
+    """
 
     def forward(number: int, _) -> None:
         with contextlib.suppress(OSError):  # the server has ended
@@ -2319,6 +2325,10 @@ def forward_signals(connection: socket.socket) -> None:
         # Those two a server handles even where they were ignored when it was started.
         if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
+    woken, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.set_wakeup_fd(wakes.detach())
+    return woken
 
 
 # ---- early start: storage works while the rest of this file is imported (server, standby, reader) ---

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -128,6 +129,14 @@ def coldstart(adapted_checkpoint, tmp_path_factory) -> tuple[subprocess.Complete
     done = run_script(BENCH, "--checkpoint", adapted_checkpoint, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done, out
+
+
+@pytest.fixture
+def short_tmp():
+    """A temporary folder whose path is short enough for the sockets of Ray and vLLM."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 def free_port() -> int:
