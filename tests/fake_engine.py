@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""An engine without a model, for tests of a fleet: OpenAI-shaped, with a start time, stages, and a rate of tokens.
+
+Its tokens are a function of all tokens before them, so that a stream that was continued can be told from one that was
+not. Of a checkpoint it reads the manifest alone. FAKE_ENGINE in the environment sets what it is like, as JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+DEFAULTS = {"start": 0.3, "stage_seconds": [0.0, 0.5, 1.0], "token_seconds": 0.02, "fail": "", "fail_on": ""}
+VOCABULARY = 50000
+
+
+def next_token(tokens: list[int]) -> int:
+    state = 17
+    for token in tokens[-64:]:
+        state = (state * 1103515245 + token + 12345) % (1 << 31)
+    return state % VOCABULARY
+
+
+def text_of(token: int) -> str:
+    return f" t{token}"
+
+
+def tokens_of(text: str) -> list[int]:
+    return [sum(word.encode()) % VOCABULARY for word in text.split()] or [1]
+
+
+class FakeEngine:
+    def __init__(self, args: argparse.Namespace, settings: dict):
+        self.args, self.settings = args, settings
+        self.listening = time.monotonic()
+        self.last = len(settings["stage_seconds"])
+
+    def stage(self) -> int:
+        since = time.monotonic() - self.listening
+        return sum(seconds <= since for seconds in self.settings["stage_seconds"])
+
+    async def progress(self, _) -> web.Response:
+        stage = self.stage()
+        stages = [
+            {"stage": number, "bytes": 100, "bytes_loaded": 100 if number <= stage else 0}
+            for number in range(1, self.last + 1)
+        ]
+        timeline = [{"event": "ready", "seconds": self.settings["start"]}]
+        return web.json_response(
+            {"stage": stage, "num_stages": self.last, "min_stage": 1, "stages": stages, "timeline": timeline}
+        )
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        chat = request.path.endswith("chat/completions")
+        given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        source = body["messages"][-1]["content"] if chat else body["prompt"]
+        prompt = given or (tokens_of(source) if isinstance(source, str) else source)
+        wanted = int(request.headers.get("X-Progressive-Min-Stage", 1))
+        while self.stage() < wanted:
+            await asyncio.sleep(0.02)
+        tokens, count = list(prompt), body.get("max_tokens") or 16
+        headers = {"X-Progressive-Stage": str(self.stage())}
+        if not body.get("stream"):
+            for _ in range(count):
+                await asyncio.sleep(self.settings["token_seconds"])
+                tokens.append(next_token(tokens))
+            text = "".join(map(text_of, tokens[len(prompt) :]))
+            choice = {"index": 0, "finish_reason": "length"}
+            choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
+            return web.json_response({"id": "whole", "choices": [choice], "usage": usage}, headers=headers)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **headers})
+        await response.prepare(request)
+
+        async def send(**event) -> None:
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+        identity = {"id": f"fake-{os.getpid()}-{time.monotonic_ns()}", "created": int(time.time())}
+        ids = body.get("return_token_ids")
+        if chat:
+            event = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+            await send(**identity, **event, **({"prompt_token_ids": prompt} if ids else {}))
+        for number in range(1, count + 1):
+            await asyncio.sleep(self.settings["token_seconds"])
+            tokens.append(next_token(tokens))
+            text = text_of(tokens[-1])
+            choice = {"index": 0, "finish_reason": "length" if number == count else None}
+            choice |= {"delta": {"content": text}} if chat else {"text": text}
+            if ids:
+                choice["token_ids"] = [tokens[-1]]
+                if number == 1 and not chat:
+                    choice["prompt_token_ids"] = prompt
+            await send(**identity, sent=time.time(), choices=[choice])
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await send(**identity, choices=[], usage={"prompt_tokens": len(prompt), "completion_tokens": count})
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"prompt": "".join(map(text_of, (await request.json())["tokens"]))})
+
+    async def run(self) -> None:
+        app = web.Application()
+        app.router.add_get("/progress", self.progress)
+        app.router.add_post("/v1/completions", self.complete)
+        app.router.add_post("/v1/chat/completions", self.complete)
+        app.router.add_post("/detokenize", self.detokenize)
+        grace = self.args.shutdown_timeout
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=grace)
+        await runner.setup()
+        await web.TCPSite(runner, self.args.host, self.args.port).start()
+        self.listening = time.monotonic()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, ended.set)
+        await ended.wait()
+        await runner.cleanup()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", nargs="?", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--shutdown-timeout", type=float, default=0.1)
+    parser.add_argument("--served-model-name")
+    args, _ = parser.parse_known_args()
+    settings = DEFAULTS | json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+    if (args.checkpoint / "fails").exists():
+        print("error: this engine does not start", file=sys.stderr)
+        return 2
+    time.sleep(settings["start"])
+    asyncio.run(FakeEngine(args, settings).run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

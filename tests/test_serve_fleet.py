@@ -1,0 +1,665 @@
+"""serve_fleet.py: where a request goes, how a stream goes on elsewhere, and fleets of engines without a model.
+
+The nodes are Ray's, three or four on one machine; the engines are tests/fake_engine.py, but for the last tests.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from conftest import ROOT, free_port
+
+pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+from fake_engine import next_token, text_of, tokens_of
+
+import serve_fleet
+from serve_fleet import Demand, Engine, ModelOnNode, Node, Settings, Stream, choose
+
+FLEET, FAKE_ENGINE = ROOT / "serve_fleet.py", ROOT / "tests" / "fake_engine.py"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WITHOUT_MODEL = ["--server", FAKE_ENGINE, "--no-standby"]
+GB = 10**9
+
+
+# ---- which node answers first -----------------------------------------------------------------------
+
+
+def node(name: str, cached: float = 0.0, disk: float = 1.0, listening: float = 8.0, slots: int = 1, **fields) -> Node:
+    """A node with a model of three stages: 2, 1 and 1 GB, some of it in the page cache, on a disk of so many GB/s."""
+    sizes = [2 * GB, GB, GB]
+    model = ModelOnNode(sizes, [int(size * cached) for size in sizes], speed=disk * 1e9, **fields)
+    return Node(name, "127.0.0.1", slots, listening, models={"m": model})
+
+
+def demands() -> dict[str, dict[str, Demand]]:
+    return defaultdict(lambda: defaultdict(Demand))
+
+
+def chosen(nodes: list[Node], stage: int | None = None, asked=None, service=10.0) -> str | None:
+    found = choose(nodes, "m", stage, asked or demands(), Settings({"m": "m"}), 100.0, service)
+    return found and found[0].id
+
+
+def test_a_cold_request_goes_where_an_engine_starts_first():
+    assert chosen([node("disk", disk=0.1), node("cached", cached=1.0, disk=0.1)]) == "cached"
+    assert chosen([node("slow", disk=0.1), node("fast", disk=1.0)]) == "fast"
+    assert chosen([node("imports"), node("standby", listening=2.5)]) == "standby"
+    # Reading 2 GB at 0.1 GB/s takes longer than imports: a standby does not help there.
+    assert chosen([node("standby", disk=0.1, listening=2.5), node("fast", disk=1.0, listening=8.0)]) == "fast"
+
+
+def test_an_engine_that_runs_goes_before_one_that_would_have_to_start():
+    runs = node("runs", disk=0.1)
+    runs.engines = [Engine("r", "m", "http://r", 1, stage=1, num_stages=3, seconds={2: 10.0, 3: 50.0})]
+    others = [runs, node("cached", cached=1.0, listening=2.5)]
+    assert chosen(others) == "runs"
+    assert chosen(others, stage=3) == "cached"  # the full model is there sooner
+    runs.engines[0].stage = 3
+    assert chosen(others, stage=3) == "runs"
+
+
+def test_a_full_engine_is_passed_by_where_another_starts_sooner():
+    runs, asked = node("runs"), demands()
+    runs.engines = [Engine("r", "m", "http://r", 1, stage=3, num_stages=3)]
+    asked["runs"]["m"].leases = 32
+    other = node("other", cached=1.0, listening=2.5)
+    assert chosen([runs, other], asked=asked, service=10.0) == "runs"  # one of 32 will have ended before
+    assert chosen([runs, other], asked=asked, service=600.0) == "other"
+    assert chosen([runs], asked=asked, service=600.0) == "runs"
+
+
+def test_who_waits_for_an_engine_that_is_starting_shares_it():
+    asked = demands()
+    asked["starting"]["m"] = Demand(leases=1, waiting_since=96.0)
+    assert chosen([node("starting"), node("idle")], asked=asked) == "starting"
+    asked["starting"]["m"].leases = 32  # those are as many as it has room for
+    assert chosen([node("starting"), node("idle")], asked=asked) == "idle"
+
+
+def test_an_engine_that_has_been_asked_for_takes_its_room():
+    asked = demands()
+    asked["first"]["m"] = Demand(leases=32, waiting_since=99.0)
+    assert chosen([node("first", cached=1.0, listening=2.5), node("slow", disk=0.1)], asked=asked) == "slow"
+
+
+def test_room_that_another_model_has():
+    busy, idle, asked = node("busy"), node("idle"), demands()
+    for taken in (busy, idle):
+        taken.engines = [Engine("o", "other", "http://o", 1, stage=3, num_stages=3)]
+    asked["busy"]["other"].leases = 1
+    assert chosen([busy, idle], asked=asked) == "idle"
+    assert chosen([busy, idle, node("free")], asked=asked) == "free"
+
+
+def test_nodes_that_cannot_serve():
+    assert chosen([node("not there", problem="no checkpoint")]) is None
+    assert chosen([node("a")], stage=4) is None
+    assert chosen([node("first", min_stage=3, disk=0.1), node("second", disk=0.2)]) == "second"
+
+
+def test_a_node_where_engines_fail_comes_last():
+    assert chosen([node("fails", cached=1.0, listening=2.5, failures=1), node("slow", disk=0.2)]) == "slow"
+    assert chosen([node("fails", failures=1)]) == "fails"
+
+
+def test_scale():
+    context = type("Context", (), {"policy_state": {}, "aggregated_metrics": {}, "total_num_requests": 0.0})()
+    context.current_num_replicas = 2
+    scale, context.target_num_replicas = serve_fleet.Scale(room=4, idle=60.0), 0
+    context.total_num_requests = 5.0
+    assert scale(context)[0] == 2
+    context.target_num_replicas = 2
+    needed, context.policy_state = scale(context)
+    context.total_num_requests = 0.0
+    assert scale(context)[0] == 2  # not idle for long enough
+    context.aggregated_metrics = {"wanted": {"r": 1.0}}
+    assert scale(context)[0] == 0  # another model waits for the room
+    context.aggregated_metrics, context.policy_state = {}, {"busy": time.time() - 61}
+    assert scale(context)[0] == 0
+    scale.idle = 600.0
+    assert scale(context)[0] == 2
+    context.current_num_replicas = 0  # none has started
+    assert scale(context)[0] == 0
+
+
+# ---- a stream that goes on elsewhere ----------------------------------------------------------------
+
+
+def chunks(tokens: list[int], texts: list[str], chat: bool = False, prompt=(1, 2), finish="length") -> list[dict]:
+    """What an engine sends for some tokens, whose texts may be empty where they are held back."""
+    events = [{"id": "x", "created": 1, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
+    events = events if chat else []
+    for number, (token, text) in enumerate(zip(tokens, texts, strict=True)):
+        choice = {"index": 0, "finish_reason": None, "token_ids": [token]}
+        choice |= {"delta": {"content": text}} if chat else {"text": text}
+        events.append({"id": "x", "created": 1, "choices": [choice]})
+        if number == 0 and not chat:
+            choice["prompt_token_ids"] = list(prompt)
+    if chat:
+        events[0]["prompt_token_ids"] = list(prompt)
+    if finish:
+        events[-1]["choices"][0]["finish_reason"] = finish
+    return events
+
+
+def text_in(events: list[dict], chat: bool = False) -> str:
+    choices = [choice for event in events for choice in event["choices"]]
+    return "".join((choice["delta"].get("content") if chat else choice["text"]) or "" for choice in choices)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_goes_on_after_what_the_client_has(chat):
+    body = {"messages": []} if chat else {"prompt": "x"}
+    stream = Stream({**body, "stream": True, "max_tokens": 5, "min_tokens": 4}, chat)
+    assert stream.request() == {**stream.body, "return_token_ids": True}
+    got = [passed for event in chunks([7, 8, 9], ["a", "b", ""], chat, finish=None) for passed in stream.take(event)]
+    assert text_in(got, chat) == "ab"
+    assert not any("token_ids" in choice for event in got for choice in event["choices"])
+    assert stream.can_continue
+    stream.break_off()
+    request = stream.request()
+    assert (request["max_tokens"], request["min_tokens"]) == (3, 2)
+    assert (request["kv_transfer_params"]["prompt_token_ids"] if chat else request["prompt"]) == [1, 2, 7, 8]
+    rest = [passed for event in chunks([9, 10], ["c", "d"], chat, [1, 2, 7, 8]) for passed in stream.take(event)]
+    assert text_in(rest, chat) == "cd"
+    assert not any("role" in choice.get("delta", {}) for event in rest for choice in event["choices"])
+    assert stream.finished and stream.ids == [7, 8, 9, 10] and stream.prompt == [1, 2]
+
+
+def test_a_character_in_several_tokens_is_made_again():
+    stream = Stream({"prompt": "x", "stream": True}, False)
+    for event in chunks([5, 6, 7], ["a", "", ""], finish=None):
+        stream.take(event)
+    stream.break_off()
+    assert stream.request()["prompt"] == [1, 2, 5]
+
+
+def test_events_that_were_held_come_in_order():
+    stream = Stream({"prompt": "x", "stream": True, "return_token_ids": True}, False)
+    got = [passed for event in chunks([5, 6, 7], ["a", "", "é"]) for passed in stream.take(event)]
+    assert [event["choices"][0]["token_ids"] for event in got] == [[5], [6], [7]]
+    assert got[0]["choices"][0]["prompt_token_ids"] == [1, 2]
+
+
+def test_usage_and_offsets_are_those_of_one_answer():
+    stream = Stream({"prompt": "x", "stream": True, "logprobs": 1}, False)
+    for event in chunks([5, 6], ["ab", "c"], finish=None):
+        stream.take(event)
+    stream.break_off()
+    event = chunks([7], ["d"], prompt=[1, 2, 5, 6])[0]
+    event["choices"][0]["logprobs"] = {"text_offset": [0], "tokens": ["d"]}
+    assert stream.take(event)[0]["choices"][0]["logprobs"]["text_offset"] == [3]
+    usage = {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}}
+    assert stream.take(usage)[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("n", 2), ("seed", 1), ("presence_penalty", 0.5), ("response_format", {"type": "json_object"}), ("tools", [{}]),
+     ("echo", True), ("use_beam_search", True), ("structured_outputs", {"regex": "a"}), ("unheard_of", 1),
+     ("prompt", ["a", "b"])],
+)  # fmt: skip
+def test_what_is_not_continued(option, value):
+    stream = Stream({"prompt": "x", "stream": True, option: value}, False)
+    stream.prompt = [1]
+    assert stream.not_continued and not stream.can_continue
+    assert stream.request() == stream.body  # it is not touched
+
+
+def test_usual_values_keep_nobody_from_being_continued():
+    assert serve_fleet.why_not_continued({"prompt": [1, 2], "n": 1, "seed": None, "presence_penalty": 0.0}) is None
+
+
+# ---- the command line -------------------------------------------------------------------------------
+
+
+def run_fleet(*arguments, **env):
+    command = [sys.executable, str(FLEET), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["CKPT", "--port=1", "--served-model-name", "x"], "--served-model-name is the fleet's own business"),
+        (["CKPT", "--server", "nowhere.py"], "--server nowhere.py is not there"),
+        (["a/m", "b/m"], "two models are called m: name one of them with NAME=CKPT"),
+        (["CKPT", "--address", "127.0.0.1:1"], "Ray"),
+    ],
+)
+def test_bad_input(arguments, said):
+    done = run_fleet(*arguments)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_config_for_serve_deploy(tmp_path):
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    path = tmp_path / "fleet.yaml"
+    done = run_fleet("m=somewhere", "--write-config", path, "--idle", 5, "--max-model-len", 64)
+    assert done.returncode == 0, done.stderr
+    (app,) = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    assert app.import_path == "serve_fleet:build" and app.args["options"] == ["--max-model-len", "64"]
+    assert app.args["idle"] == 5.0 and Path(app.args["server"]).is_file()
+    assert serve_fleet.build(app.args) is not None
+
+
+# ---- fleets -----------------------------------------------------------------------------------------
+
+
+def undisturbed(prompt: str, count: int) -> str:
+    tokens = tokens_of(prompt)
+    begin = len(tokens)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return "".join(map(text_of, tokens[begin:]))
+
+
+class Fleet:
+    """serve_fleet.py on a Ray cluster of several nodes of this machine, and its clients."""
+
+    def __init__(self, cluster, log: Path, *arguments):
+        self.cluster, self.log, self.port = cluster, log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, FLEET, "--address", cluster.address, "--port", self.port, "--num-cpus", 1]
+        command += ["--room", 8, "--idle", 600, *arguments]
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT)
+        self.wait(lambda: requests.get(f"{self.url}/health", timeout=2).ok, "listens")
+
+    def wait(self, holds, what: str, seconds: float = 60.0):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(requests.RequestException):
+                if found := holds():
+                    return found
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        pytest.fail(f"not within {seconds} s: {what}\n{self.log.read_text()}")
+
+    def state(self) -> dict:
+        return requests.get(f"{self.url}/fleet", timeout=5).json()
+
+    def leases(self) -> int:
+        return sum(node["models"]["m"]["leases"] for node in self.state()["nodes"])
+
+    def engines(self) -> list[dict]:
+        return [{**engine, "node": node["node"]} for node in self.state()["nodes"] for engine in node["engines"]]
+
+    def drain(self, node: str) -> None:
+        command = ["ray", "drain-node", "--address", self.cluster.address, "--node-id", node]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+        subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True)
+
+    def ask(self, prompt: str = "one two", count: int = 4, **options) -> requests.Response:
+        body = {"model": "m", "prompt": prompt, "max_tokens": count, **options}
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def stream(self, prompt: str, count: int, began: threading.Event | None = None, **options) -> tuple[str, list]:
+        """(text, events) of a streamed answer."""
+        body = {"model": "m", "prompt": prompt, "max_tokens": count, "stream": True, **options}
+        events = []
+        with requests.post(f"{self.url}/v1/completions", json=body, stream=True, timeout=60) as response:
+            assert response.status_code == 200, response.text
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    events.append(json.loads(line[6:]))
+                    if began and len(events) == 3:
+                        began.set()
+        return text_in([event for event in events if "choices" in event]), events
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(60) == 0, self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def fleet(cluster, split_tiny, tmp_path, monkeypatch):
+    """Starts fleets; ends them, and their nodes but the head."""
+    fleets, nodes = [], []
+
+    def start(*options, nodes_of=(1, 1), checkpoint=split_tiny, engines=WITHOUT_MODEL, **engine) -> Fleet:
+        environ = {"FAKE_ENGINE": json.dumps(engine), "OMP_WAIT_POLICY": "PASSIVE"}
+        nodes.extend(cluster.add_node(num_cpus=slots, env_vars=environ) for slots in nodes_of)
+        fleets.append(Fleet(cluster, tmp_path / "fleet.log", f"m={checkpoint}", *engines, *options))
+        fleets[-1].nodes = nodes
+        fleets[-1].wait(lambda: len(fleets[-1].state()["nodes"]) == len(nodes_of), "its nodes are there")
+        return fleets[-1]
+
+    yield start
+    for one in fleets:
+        if one.process.poll() is None:
+            one.stop()
+    for added in nodes:
+        if added in cluster.worker_nodes:
+            cluster.remove_node(added)
+
+
+def test_from_zero_and_back(fleet):
+    fleet = fleet("--idle", 2)
+    assert fleet.engines() == []
+    answer = fleet.ask(count=4)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == undisturbed("one two", 4)
+    assert answer.headers["X-Progressive-Stage"] == "1"
+    text, events = fleet.stream("three four", 6, stream_options={"include_usage": True})
+    assert text == undisturbed("three four", 6)
+    assert events[-1]["usage"]["completion_tokens"] == 6 and len({event["id"] for event in events}) == 1
+    assert len(fleet.engines()) == 1
+    fleet.wait(lambda: fleet.engines() == [], "no engine runs", 20)
+    assert fleet.ask().ok  # and again
+
+
+def test_a_burst_is_spread_and_no_request_is_lost(fleet):
+    fleet = fleet()
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda number: fleet.stream(f"burst {number}", 30)[0], range(24)))
+    assert answers == [undisturbed(f"burst {number}", 30) for number in range(24)]
+    assert len({engine["node"] for engine in fleet.engines()}) == 2
+
+
+def test_more_than_are_held_are_refused(fleet):
+    fleet = fleet("--hold-limit", 4, nodes_of=(1,), start=3.0)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: fleet.ask(), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 4
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
+
+
+def test_stages(fleet):
+    fleet = fleet(stage_seconds=[0.0, 1.0, 4.0], nodes_of=(1,))
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(fleet.ask, min_stage=3)
+        answer = fleet.ask()
+        assert answer.headers["X-Progressive-Stage"] in "12" and not waits.done()  # nobody is kept by who waits
+        assert waits.result().headers["X-Progressive-Stage"] == "3"
+    refused = fleet.ask(min_stage=4)
+    assert refused.status_code == 400 and "stages 1 to 3" in refused.json()["error"]["message"]
+
+
+def stream_and(fleet, harm, number: int = 4, count: int = 150):
+    """Some streams, of which each has begun when `harm` is done; their texts are the undisturbed ones'."""
+    began = [threading.Event() for _ in range(number)]
+    with ThreadPoolExecutor(number) as pool:
+        streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one]) for one in range(number)]
+        assert all(event.wait(30) for event in began)
+        harm()
+        answers = [stream.result() for stream in streams]
+    assert [text for text, _ in answers] == [undisturbed(f"harm {one}", count) for one in range(number)]
+    for _, events in answers:
+        assert len({event["id"] for event in events}) == 1
+
+
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def engine_process(engine: dict) -> psutil.Process:
+    port = engine["url"].rsplit(":", 1)[1]
+    (found,) = [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
+    return found
+
+
+def test_streams_go_on_when_their_engine_is_killed(fleet):
+    fleet = fleet()
+    stream_and(fleet, lambda: engine_process(fleet.engines()[0]).kill())
+    assert fleet.state()["counts"]["lost"] >= 1
+
+
+def replica_of(engine: dict) -> psutil.Process:
+    name = f"ServeReplica:fleet-m-{engine['node']}"
+    (found,) = [process for process in psutil.process_iter() if name in command_of(process)]
+    return found
+
+
+def test_an_engine_outlives_its_replica(fleet):
+    fleet = fleet()
+
+    def kill_replica():
+        fleet.wait(lambda: fleet.engines()[0]["owned"], "a replica owns the engine")
+        replica_of(fleet.engines()[0]).kill()
+        fleet.wait(lambda: not fleet.engines()[0]["owned"], "nobody owns it", 5)
+
+    stream_and(fleet, kill_replica, count=600)
+    assert fleet.state()["counts"].get("lost", 0) == 0
+    fleet.wait(
+        lambda: fleet.ask().ok and [engine["owned"] for engine in fleet.engines()] == [True], "the next one does"
+    )
+
+
+def test_streams_go_on_when_their_agent_is_killed(fleet):
+    fleet = fleet()
+
+    def kill_agent():
+        engine = engine_process(fleet.engines()[0])
+        engine.parent().kill()
+        assert psutil.wait_procs([engine], timeout=5)[1] == []  # it ends with its agent
+
+    stream_and(fleet, kill_agent)
+
+
+def test_streams_go_on_when_their_node_is_lost(fleet):
+    fleet = fleet()
+
+    def lose_node():
+        node = fleet.engines()[0]["node"]
+        (ours,) = [one for one in fleet.nodes if one.node_id == node]
+        fleet.cluster.remove_node(ours, allow_graceful=False)
+
+    stream_and(fleet, lose_node)
+    fleet.wait(lambda: len(fleet.state()["nodes"]) == 1, "the node has gone")
+    assert fleet.ask().ok
+
+
+def test_streams_go_on_when_their_node_stands_still(fleet):
+    fleet = fleet()
+
+    stopped = []
+
+    def stop_node():
+        node = fleet.engines()[0]["node"]
+        (ours,) = [one for one in fleet.nodes if one.node_id == node]
+        raylet = psutil.Process(ours.all_processes["raylet"][0].process.pid)
+        stopped.extend([raylet, *raylet.children(recursive=True)])
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+
+    try:
+        stream_and(fleet, stop_node)
+    finally:
+        for process in stopped:
+            process.kill()
+
+
+def test_streams_move_from_a_node_that_is_drained(fleet):
+    fleet = fleet()
+
+    stream_and(fleet, lambda: fleet.drain(fleet.engines()[0]["node"]), count=1200)
+    counts = fleet.state()["counts"]
+    assert counts["moved"] == 4 and counts.get("lost", 0) == 0
+
+
+def test_what_cannot_be_continued_gets_an_error(fleet):
+    fleet = fleet()
+    began = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(fleet.stream, "seed", 200, began, seed=1)
+        assert began.wait(30)
+        engine_process(fleet.engines()[0]).kill()
+        _, events = stream.result()
+    assert "cannot be continued elsewhere (seed)" in events[-1]["error"]["message"]
+
+
+def test_a_client_that_hangs_up_gives_its_place_back(fleet):
+    fleet = fleet(nodes_of=(1,))
+    body = {"model": "m", "prompt": "x", "max_tokens": 1000, "stream": True}
+    with requests.post(f"{fleet.url}/v1/completions", json=body, stream=True, timeout=30) as response:
+        lines = response.iter_lines()  # kept: it hangs up where it is collected
+        next(lines)
+        assert fleet.leases() == 1
+    fleet.wait(lambda: fleet.leases() == 0, "its lease is closed", 5)
+
+
+def test_the_ingress_comes_back(fleet):
+    fleet = fleet()
+    assert fleet.ask().ok
+    before = fleet.engines()
+    (ingress,) = [process for process in psutil.process_iter() if "Ingress" in command_of(process)]
+    ingress.kill()
+    time.sleep(0.5)
+    fleet.wait(lambda: fleet.ask().ok, "it answers again", 60)
+    assert [engine["engine"] for engine in fleet.engines()] == [engine["engine"] for engine in before]
+
+
+def test_a_node_that_is_added_is_used(fleet):
+    fleet = fleet(nodes_of=(1,))
+    fleet.nodes.append(fleet.cluster.add_node(num_cpus=1))
+    fleet.wait(lambda: len(fleet.state()["nodes"]) == 2, "the node is there")
+    with ThreadPoolExecutor(16) as pool:
+        assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(count=50), range(16)))
+    assert len({engine["node"] for engine in fleet.engines()}) == 2
+
+
+def test_an_idle_engine_makes_room_for_another_model(fleet, split_tiny, tmp_path):
+    fleet = fleet(f"other={split_tiny}", nodes_of=(1,))
+    assert fleet.ask().ok
+    assert fleet.ask(model="other").ok
+    assert [engine["model"] for engine in fleet.engines()] == ["other"]
+
+
+def test_an_engine_that_does_not_start_is_said(fleet, split_tiny, tmp_path):
+    broken = Path(shutil.copytree(split_tiny, tmp_path / "broken"))
+    (broken / "fails").touch()
+    fleet = fleet(checkpoint=broken)
+    answer = fleet.ask()
+    assert answer.status_code == 503 and "this engine does not start" in answer.json()["error"]["message"]
+    assert "Retry-After" in answer.headers
+
+
+def test_a_checkpoint_that_no_node_has(fleet, tmp_path):
+    fleet = fleet(checkpoint=tmp_path / "nowhere")
+    answer = fleet.ask()
+    assert answer.status_code == 503 and "is no progressive checkpoint here" in answer.json()["error"]["message"]
+
+
+def test_an_api_key(fleet):
+    fleet = fleet("--api-key", "secret", nodes_of=(1,))
+    assert fleet.ask().status_code == 401 and fleet.engines() == []
+    body, key = {"prompt": "x", "max_tokens": 2}, {"Authorization": "Bearer secret"}
+    assert requests.post(f"{fleet.url}/v1/completions", json=body, headers=key, timeout=60).ok
+
+
+def test_unknown_models_and_bodies(fleet):
+    fleet = fleet(nodes_of=(1,))
+    assert requests.get(f"{fleet.url}/v1/models", timeout=5).json()["data"][0]["id"] == "m"
+    answer = fleet.ask(model="none")
+    assert answer.status_code == 404 and "this fleet serves m" in answer.json()["error"]["message"]
+    for data in (b"{", b"[]", b"\xff"):
+        assert requests.post(f"{fleet.url}/v1/completions", data=data, timeout=5).status_code == 400
+    assert fleet.engines() == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+def test_page_in_a_browser(fleet, tmp_path):
+    fleet = fleet(nodes_of=(1,))
+    assert fleet.ask().ok
+    fleet.wait(lambda: fleet.engines()[0]["stage"] == 3, "the engine has all stages")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", f"{fleet.url}/fleet.html"]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert '<p id="error"></p>' in page and "0 streams; m: 0 waiting; so far 1 requests" in page
+    assert page.count('<tr class="up">') == 1 and "stage 3 of 3" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_fleet_on_one_machine(number, split_tiny, short_tmp):
+    port, log = free_port(), short_tmp / "log"
+    command = [sys.executable, FLEET, f"m={split_tiny}", "--port", port, *WITHOUT_MODEL]
+    environ = {**os.environ, "TMPDIR": str(short_tmp)}
+    with open(log, "w") as output:
+        fleet = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=environ)
+    url = f"http://127.0.0.1:{port}/v1/completions"
+
+    def ours() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == str(short_tmp) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        with contextlib.suppress(requests.RequestException):
+            if requests.post(url, json={"prompt": "x", "max_tokens": 2}, timeout=60).ok:
+                break
+        assert fleet.poll() is None, log.read_text()
+        time.sleep(0.2)
+    assert any("fake_engine" in command_of(process) for process in ours())
+    fleet.send_signal(number)
+    assert fleet.wait(60) == (0 if number == signal.SIGTERM else -number)
+    while (left := ours()) and time.monotonic() < end + 60:
+        time.sleep(0.2)
+    assert left == []
+    if number == signal.SIGTERM:
+        assert [path.name for path in short_tmp.iterdir()] == ["log"]
+
+
+# ---- real engines -----------------------------------------------------------------------------------
+
+
+def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
+    """The whole path: a standby, the demo model, and streams that move to the other node in the middle of a text."""
+    served = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 1024]
+    fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
+    fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
+    kinds = [{}, {"stop": ["not in this text"]}, {"logprobs": 1}, {"stream_options": {"include_usage": True}}]
+    number = 400
+
+    def ask_all(began=None):
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            streams = [
+                pool.submit(fleet.stream, f"Who was {one}", number, began and began[one], temperature=0,
+                            min_tokens=number, **kind)
+                for one, kind in enumerate(kinds)
+            ]  # fmt: skip
+            if began:
+                assert all(event.wait(60) for event in began)
+                fleet.drain(next(node["node"] for node in fleet.state()["nodes"] if node["models"]["m"]["leases"]))
+            return [stream.result() for stream in streams]
+
+    before = ask_all()
+    after = ask_all([threading.Event() for _ in kinds])
+    counts = fleet.state()["counts"]
+    assert [text for text, _ in after] == [text for text, _ in before]
+    assert counts["moved"] == len(kinds) and counts.get("lost", 0) == 0
+    tokens = [[token for event in events for token in tokens_in(event)] for _, events in (before[2], after[2])]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == number
+    assert after[3][1][-1]["usage"] == before[3][1][-1]["usage"]
+
+
+def tokens_in(event: dict) -> list[str]:
+    return [token for choice in event["choices"] for token in (choice.get("logprobs") or {}).get("tokens", [])]
