@@ -637,7 +637,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
     fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
     kinds = [{}, {"stop": ["not in this text"]}, {"logprobs": 1}, {"stream_options": {"include_usage": True}}]
-    number = 400
+    number = 900
 
     def ask_all(began=None):
         with ThreadPoolExecutor(len(kinds)) as pool:
