@@ -172,7 +172,7 @@ async def ask_all(url: str, number: int, count: int, salt: str = "", then=None, 
 # ---- overhead, launch, kill: engines without a model ------------------------------------------------
 
 
-def measure_overhead(fleet: Fleet, rounds: int = 40) -> dict:
+def measure_overhead(fleet: Fleet, rounds: int = 20) -> dict:
     """Differences of medians; the engine sends a token every 20 ms to each of 8 streams."""
     fleet.ask()
     (engine,) = fleet.engines()
@@ -334,7 +334,9 @@ def describe_replay(answered: list[tuple[Answer, int]]) -> dict:
         "statuses": {str(status): count for status, count in statuses.items()},
         "errors": sum(answer.error is not None for answer in answers),
         "asked_for_a_stage": sum(stage > 1 for _, stage in answered),
-        "below_their_stage": sum(answer.status == 200 and answer.stage < stage for answer, stage in answered),
+        "below_their_stage": sum(
+            stage > 1 and answer.status == 200 and answer.stage < stage for answer, stage in answered
+        ),
         "ttft_p50": percentile(first, 0.5),
         "ttft_p99": percentile(first, 0.99),
     }
@@ -528,7 +530,7 @@ def run_burst() -> dict:
 def run_trace(minutes: float) -> dict:
     seconds = 60 * minutes
     found = {}
-    traces = {"azure": azure_arrivals(seconds, 10.0), "gamma": gamma_arrivals(0.3 * seconds, 2.0)}
+    traces = {"azure": azure_arrivals(seconds, 10.0), "gamma": gamma_arrivals(0.2 * seconds, 2.0)}
     for (name, arrivals), (system, start) in itertools.product(traces.items(), STARTS.items()):
         found.setdefault(name, {})
         if name != "azure" or system == "fleet":
@@ -548,7 +550,9 @@ def run_trace(minutes: float) -> dict:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--parts", default="choice,overhead,launch,kill,real,burst,trace", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the trace, and 0.3 of it of the gamma process")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="of the trace, and a fifth of it of the gamma process"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "fleet.json", help="where the result goes")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw this result again, and nothing else")
     return parser.parse_args()
