@@ -1,5 +1,6 @@
 """progressive_serve.py --standby: servers that a standby forks, beside such as start by themselves."""
 
+import ast
 import contextlib
 import json
 import os
@@ -275,6 +276,21 @@ def test_signal_to_the_caller_ends_everything(moment, number, standby, start, sp
     processes = [server.parent(), server, *server.children(recursive=True)]
     assert caller.stop(number) == (143 if number == signal.SIGTERM else -number)
     check_nothing_is_left(processes, caller)
+
+
+def test_signal_just_before_the_caller_waits_ends_that():
+    """What it waits at can be read, and the server gets the signal."""
+    text = SERVER.read_text()
+    lines, found = text.splitlines(), []
+    for node in ast.parse(text).body:
+        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+        if "FORWARDED" in names or getattr(node, "name", "") == "forward_signals":
+            found += lines[node.lineno - 1 : node.end_lineno]
+    program = ["import contextlib, os, select, signal, socket", *found, "ours, server = socket.socketpair()"]
+    program += ["woken = forward_signals(ours)", "os.kill(os.getpid(), signal.SIGTERM)"]
+    program += ["assert select.select([woken], [], [], 5)[0]", "assert server.recv(1) == bytes([signal.SIGTERM])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
