@@ -80,7 +80,9 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
     make = [f"{python} tests/gpu_check.py tiny {work / 'tiny'}"] if small else []
     look = ["nvidia-smi" if shutil.which("nvidia-smi") else "lscpu", f"{python} -m pip list --format freeze"]
     rates, stretch, streams = ("1x4,2x4", 20, 2) if small else ("1x256,8x256,64x256", 60, 32)
-    later = "--compile-cache cold --server-args='--no-enforce-eager --optimize-later'"
+    # Of a CPU vLLM would take nearly all memory.
+    memory = " --kv-cache-memory-bytes 268435456" if small else ""
+    later = f"--compile-cache cold --server-args='--no-enforce-eager --optimize-later{memory}'"
     gaps = f"--stretch {stretch} --watch-gaps {streams}"
     sweep = "20" if small else "1000,500,200,118"
     return [
@@ -91,7 +93,9 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
         Step("planes", 300, [split(planes, "--planes")]),
         # TTFT against stock with its defaults, and eager; cold, disk as it is.
         Step("defaults", 480, bench("defaults", three, f"--trials {trials}"), "planes"),
-        Step("eager", 300, bench("eager", three, f"--trials {trials} --server-args=--enforce-eager"), "planes"),
+        Step(
+            "eager", 300, bench("eager", three, f"--trials {trials} --server-args='--enforce-eager{memory}'"), "planes"
+        ),
         # Gates and graphs: the rate of each stage; addresses and kernels across transitions.
         Step("rates", 400, bench("rates", stages, f"--trials 1 --throughput {rates}"), "layers"),
         Step("graphs", 200, test("no_transition_changes_the_graph")),
