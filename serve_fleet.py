@@ -89,6 +89,7 @@ logger = logging.getLogger("ray.serve")
 NAMESPACE = "progressive-fleet"  # of the agents' names
 INGRESS = "fleet"  # name of the ingress' application
 SERVER = "progressive_serve.py"
+URI_SCHEMES = ("s3://", "gs://")
 OWN_OPTIONS = ("--host", "--port", "--served-model-name", "--from-standby", "--standby", "--uds")  # the fleet's
 ANSWERS = ("/v1/completions", "/v1/chat/completions")
 STAGE_HEADER, MIN_STAGE_HEADER, MIN_STAGE = "X-Progressive-Stage", "X-Progressive-Min-Stage", "min_stage"
@@ -98,6 +99,8 @@ RETRY_SECONDS = 10.0  # after which a client is told to try again, where nobody 
 STARTS_KEPT = 200  # of which GET /fleet tells
 POLL_SECONDS = 0.5  # how often the ingress asks the agents, and these their engines
 ANSWER_SECONDS = 2.0  # that an agent has for that
+GONE_SECONDS = 5.0  # for which nothing listens where Ray's control store was, after which it has ended
+ALONE_SECONDS = 300.0  # without a question of the ingress, after which an agent ends, with all that it runs
 LOST_SECONDS = 8.0  # without an answer of its agent, after which a node's streams go on elsewhere
 REQUEST_BYTES = 64 << 20
 EVENT_BYTES = 4 << 20  # of a stream; the first has the ids of the prompt
@@ -113,7 +116,7 @@ SCALE_SOONER = {
 MINCORE_SECONDS = 5.0  # how often an agent looks what is in the page cache
 PROBE_BYTES = 64 << 20  # that an agent reads to see how fast a disk is
 # Where nothing has been measured yet: bytes per second, and seconds.
-CACHE_SPEED, DISK_SPEED = 4e9, 3e8
+CACHE_SPEED, DISK_SPEED, REMOTE_SPEED = 4e9, 3e8, 1e8
 LAUNCH, LISTENING_FROM_STANDBY, LISTENING, FIRST_TOKEN = 4.0, 2.5, 8.0, 0.3
 FAILED_SECONDS = 60.0  # after which a node is tried again on which an engine has not started
 RECLAIM_SECONDS = 2.0  # until an idle engine of another model has made room
@@ -131,6 +134,10 @@ USUAL |= {"echo": False, "suffix": None, "tools": None, "tool_choice": None, "re
 
 class UsageError(Exception):
     """Bad input: the message names the value and the way out. Scripts exit with code 2."""
+
+
+class UnreachableError(Exception):
+    """What was there has gone."""
 
 
 class Refused(Exception):
@@ -190,15 +197,34 @@ def end_with_this_process() -> None:
 # ---- checkpoint: bytes of each stage, and what of them is at hand (agent) ---------------------------
 
 
-def read_stages(checkpoint: Path) -> tuple[list[list[str]], list[int], int]:
-    """(files, bytes) that each stage adds, and the first stage that may answer. Raises UsageError."""
+def is_uri(checkpoint: str | Path) -> bool:
+    return str(checkpoint).startswith(URI_SCHEMES)
+
+
+def read_manifest(checkpoint: str) -> str:
+    """The text of progressive.json; from an object store by runai-model-streamer, as vLLM does. Raises UsageError."""
     try:
-        stages = json.loads((checkpoint / "progressive.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError) as error:
+        if not is_uri(checkpoint):
+            return (Path(checkpoint) / "progressive.json").read_text()
+        from runai_model_streamer import pull_files
+
+        with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+            pull_files(checkpoint, folder, allow_pattern=["*progressive.json"])
+            return (Path(folder) / "progressive.json").read_text()
+    except ImportError as error:
+        raise UsageError(f"{checkpoint} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
+    except Exception as error:  # of whatever client library the store has
         raise UsageError(f"{checkpoint} is no progressive checkpoint here ({type(error).__name__})") from error
-    files = [[file["name"] for file in stage["files"]] for stage in stages]
-    sizes = [sum(file["bytes"] for file in stage["files"]) for stage in stages]
-    return files, sizes, 1
+
+
+def read_stages(checkpoint: str) -> tuple[list[list[str]], list[int]]:
+    """(files, bytes) that each stage adds. Raises UsageError."""
+    try:
+        stages = json.loads(read_manifest(checkpoint))["stages"]
+        files = [[file["name"] for file in stage["files"]] for stage in stages]
+        return files, [sum(file["bytes"] for file in stage["files"]) for stage in stages]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{checkpoint} is no progressive checkpoint here ({type(error).__name__})") from error
 
 
 def cached_bytes(path: Path) -> int:
@@ -262,7 +288,8 @@ class ModelOnNode:
     sizes: list[int] = field(default_factory=list)  # bytes that each stage adds
     cached: list[int] = field(default_factory=list)  # of these, what is in the page cache
     min_stage: int = 1  # that answers, where a request does not say more
-    speed: float = DISK_SPEED  # bytes per second of where the rest lies
+    remote: bool = False  # whether the rest lies in an object store, not on a disk of the node
+    speed: float = DISK_SPEED  # bytes per second from there
     problem: str | None = None  # why it cannot be served here
     failures: int = 0  # starts that have failed here, since the last one that has not
     reason: str | None = None  # why the last of them has
@@ -618,14 +645,15 @@ class Agent:
         self.listening = LISTENING_FROM_STANDBY if settings.standby else LISTENING
         self.asked: dict[str, float] = defaultdict(float)  # model -> when a request has last used or waited for it
         self.wanted: dict[str, float] = {}  # model -> when somebody has last asked for room for it
+        self.last_question = time.monotonic()
         self.folder = tempfile.mkdtemp(prefix="fleet-")
         self.standby: subprocess.Popen | None = None
         self.watching: list[asyncio.Task] = []
         self.tasks: list[asyncio.Task] = []
         for name, checkpoint in settings.models.items():
-            self.look_at(name, Path(checkpoint))
+            self.look_at(name, checkpoint)
 
-    def look_at(self, name: str, checkpoint: Path) -> None:
+    def look_at(self, name: str, checkpoint: str) -> None:
         """The files of a checkpoint, and how fast the storage is on which they lie."""
         where = self.models[name]
         if not Path(self.server).is_file():
@@ -633,21 +661,26 @@ class Agent:
         elif Path(self.server).name == SERVER and not importlib.util.find_spec("vllm"):
             where.problem = "vLLM is not installed"
         try:
-            files, where.sizes, where.min_stage = read_stages(checkpoint)
+            files, where.sizes = read_stages(checkpoint)
         except UsageError as error:
             where.problem = str(error)
             return
-        where.min_stage = max(where.min_stage, self.settings.min_stage or 1)
-        self.files[name] = [[checkpoint / file for file in stage] for stage in files]
+        where.min_stage = self.settings.min_stage or 1  # its engines may say more
         where.cached = [0] * len(files)
+        if is_uri(checkpoint):
+            where.remote, where.speed = True, REMOTE_SPEED
+            return
+        self.files[name] = [[Path(checkpoint) / file for file in stage] for stage in files]
         with contextlib.suppress(OSError):  # it is still on its way
             where.speed = disk_speed(self.files[name][-1][-1]) or where.speed
 
     async def state(self, leases: dict[str, int]) -> dict:
         """A Node, as a dict; `leases` by model are what the ingress has asked of it."""
+        self.last_question = time.monotonic()
         self.asked.update({model: time.monotonic() for model, count in leases.items() if count})
         if not self.watching:
-            self.watching = [asyncio.create_task(self.watch_stages()), asyncio.create_task(self.watch_files())]
+            watches = (self.watch_stages(), self.watch_files(), self.watch_ingress())
+            self.watching = [asyncio.create_task(watch) for watch in watches]
         for task in self.watching:
             if task.done():
                 task.result()  # raises what has ended it
@@ -806,6 +839,13 @@ class Agent:
                 speed = sum(where.sizes[: engine.stage]) / max(reading, 1e-3)
                 where.speed += (speed - where.speed) / 2
 
+    async def watch_ingress(self) -> None:
+        """Serve has been shut down without us (`serve shutdown`), or the ingress does not come back."""
+        while time.monotonic() - self.last_question < ALONE_SECONDS:
+            await asyncio.sleep(POLL_SECONDS)
+        await self.end()
+        ray.kill(ray.get_runtime_context().current_actor)
+
     async def watch_files(self) -> None:
         while True:
             for name, stages in self.files.items():
@@ -910,7 +950,7 @@ class Lost(Exception):
 
 
 class Nodes:
-    """The nodes of the cluster: an agent on each, an application of each model on each, places at their engines."""
+    """The nodes of the cluster, as their agents see them; on each an agent, and an application of each model."""
 
     def __init__(self, settings: Settings, lose: Callable[[str], None], leave: Callable[[str], None]):
         """`lose` and `leave` are told of a node from which no more is to be expected, and of one that is drained."""
@@ -918,19 +958,12 @@ class Nodes:
 
         self.settings, self.lose, self.leave = settings, lose, leave
         self.gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
-        self.nodes: dict[str, Node] = {}  # that have answered
+        self.known: dict[str, Node] = {}  # that have answered
         self.seen: dict[str, float] = {}  # when
         self.agents: dict[str, ray.actor.ActorHandle] = {}
         self.handles: dict[tuple[str, str], serve.handle.DeploymentHandle] = {}  # of node and model
         self.draining: dict[str, int] = {}  # node -> deadline, ms since the epoch
-        self.demands: dict[str, dict[str, Demand]] = defaultdict(lambda: defaultdict(Demand))  # by node and model
-        self.launch: dict[str, float] = {}  # measured, by node
-        self.service: dict[str, float] = defaultdict(lambda: SERVICE_SECONDS)  # by model
-        self.ahead: dict[tuple[str, str], asyncio.Task] = {}  # of node and model: the first engine that listens
-        self.given_back: dict[tuple[str, str], asyncio.Event] = defaultdict(asyncio.Event)
-        self.used: Counter[str] = Counter()  # by engine: places that are used
-        self.held: Counter[str] = Counter()  # by model
-        self.starts: deque[dict] = deque(maxlen=STARTS_KEPT)  # the last ones: estimated and measured
+        self.launch: dict[str, float] = {}  # seconds, measured
 
     async def keep(self) -> None:
         """An agent, and an application for each model, on each node that has resources for an engine."""
@@ -972,36 +1005,70 @@ class Nodes:
     async def forget(self, node: str) -> None:
         """A node that has gone."""
         self.agents.pop(node)
-        self.nodes.pop(node, None)
+        self.known.pop(node, None)
         self.lose(node)
         for model in self.settings.models:
             del self.handles[node, model]
             await asyncio.to_thread(serve.delete, application(model, node), _blocking=False)
 
-    async def look(self) -> None:
-        """Ask every agent."""
+    async def look(self, leases: Callable[[str], dict[str, int]]) -> None:
+        """Ask every agent; `leases` of a node, by model, are what the ingress has asked of it."""
 
         async def ask(node: str, agent: ray.actor.ActorHandle) -> None:
             with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-                leases = {model: demand.leases for model, demand in self.demands[node].items()}
-                state = await asyncio.wait_for(agent.state.remote(leases), ANSWER_SECONDS)
+                state = await asyncio.wait_for(agent.state.remote(leases(node)), ANSWER_SECONDS)
                 models = {name: ModelOnNode(**where) for name, where in state.pop("models").items()}
                 engines = [Engine(**engine) for engine in state.pop("engines")]
-                self.nodes[node] = Node(**state, models=models, engines=engines)
-                self.nodes[node].launch = self.launch.get(node, 0.0 if self.nodes[node].ahead else LAUNCH)
+                self.known[node] = Node(**state, models=models, engines=engines)
+                self.known[node].launch = self.launch.get(node, 0.0 if self.known[node].ahead else LAUNCH)
                 self.seen[node] = time.monotonic()
 
         await asyncio.gather(*(ask(node, agent) for node, agent in list(self.agents.items())))
-        for node in self.nodes:
+        for node in self.known:
             if self.is_lost(node):
                 self.lose(node)
 
     def is_lost(self, node: str) -> bool:
-        return node not in self.nodes or time.monotonic() - self.seen[node] > LOST_SECONDS
+        return node not in self.known or time.monotonic() - self.seen[node] > LOST_SECONDS
+
+    def usable(self) -> list[Node]:
+        return [node for node in self.known.values() if not self.is_lost(node.id) and node.id not in self.draining]
+
+    def know(self, node: str, model: str, place: dict) -> None:
+        """Of an engine that listens, before its agent is asked the next time."""
+        if (now := self.known.get(node)) and place["engine"] not in (engine.id for engine in now.engines):
+            where = now.models[model]
+            known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
+            now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
+
+    def doubt(self, lease: "Lease") -> None:
+        """An engine that does not answer does not run, unless its agent says so again."""
+        if now := self.known.get(lease.node):
+            now.engines = [engine for engine in now.engines if engine.id != lease.engine]
+
+
+# ---- places at engines: which, and when (ingress) ---------------------------------------------------
+
+
+class Places:
+    """What the ingress has asked of each node, and how a request comes to a place at an engine."""
+
+    def __init__(self, settings: Settings, nodes: Nodes):
+        self.settings, self.nodes = settings, nodes
+        self.demands: dict[str, dict[str, Demand]] = defaultdict(lambda: defaultdict(Demand))  # by node and model
+        self.service: dict[str, float] = defaultdict(lambda: SERVICE_SECONDS)  # by model
+        self.ahead: dict[tuple[str, str], asyncio.Task] = {}  # of node and model: the first engine that listens
+        self.given_back: dict[tuple[str, str], asyncio.Event] = defaultdict(asyncio.Event)
+        self.used: Counter[str] = Counter()  # by engine: places that are used
+        self.held: Counter[str] = Counter()  # by model
+        self.starts: deque[dict] = deque(maxlen=STARTS_KEPT)  # the last ones: estimated and measured
+
+    def leases(self, node: str) -> dict[str, int]:
+        return {model: demand.leases for model, demand in self.demands[node].items()}
 
     def choose(self, model: str, stage: int | None, avoid: Collection[str] = ()) -> tuple[Node, float] | None:
         """See choose(); nodes in `avoid` only where there is no other."""
-        nodes = [node for node in self.nodes.values() if not self.is_lost(node.id) and node.id not in self.draining]
+        nodes = self.nodes.usable()
         nodes = [node for node in nodes if node.id not in avoid] or nodes
         return choose(nodes, model, stage, self.demands, self.settings, time.monotonic(), self.service[model])
 
@@ -1030,13 +1097,13 @@ class Nodes:
         raise Refused(503, f"no engine of {model} is to be had: {reason}", RETRY_SECONDS)
 
     def why_nowhere(self, model: str) -> str:
-        problems = {node.models[model].problem for node in self.nodes.values()} - {None}
+        problems = {node.models[model].problem for node in self.nodes.known.values()} - {None}
         return "; ".join(sorted(problems)) or "no node has room for it"
 
     async def lease_at(self, node: Node, estimated: float, model: str) -> "Lease":
         """A place at an engine of this node. Raises Lost."""
         demand, begin = self.demands[node.id][model], time.monotonic()
-        lease = Lease(self, node.id, model, self.handles[node.id, model].lease.remote())
+        lease = Lease(self, node.id, model, self.nodes.handles[node.id, model].lease.remote())
         if not node.of(model) and demand.waiting_since is None:
             demand.waiting_since = begin
         try:
@@ -1048,26 +1115,15 @@ class Nodes:
             demand.waiting_since = None
         lease.url, lease.engine, lease.granted = place["url"], place["engine"], time.monotonic()
         self.used[lease.engine] += 1
-        self.know(node.id, model, place)
+        self.nodes.know(node.id, model, place)
         measured = lease.granted - begin
-        if place["age"] < measured:  # the engine has been spawned for this
-            launch, before = measured - place["age"], self.launch.get(node.id, measured - place["age"])
-            self.launch[node.id] = (before + launch) / 2
-            self.starts.append({"node": node.id, "model": model, "launch": launch, "listening": place["age"]})
-            self.starts[-1] |= {"estimated": estimated, "measured": measured + FIRST_TOKEN}
+        told = any(start["engine"] == lease.engine for start in self.starts)
+        if place["age"] < measured and not told:  # the engine has been spawned for this
+            launch, before = measured - place["age"], self.nodes.launch.get(node.id, measured - place["age"])
+            self.nodes.launch[node.id] = (before + launch) / 2
+            self.starts.append({"node": node.id, "model": model, "engine": lease.engine, "launch": launch})
+            self.starts[-1] |= {"listening": place["age"], "estimated": estimated, "measured": measured + FIRST_TOKEN}
         return lease
-
-    def know(self, node: str, model: str, place: dict) -> None:
-        """Of an engine that listens, before its agent is asked the next time."""
-        if (now := self.nodes.get(node)) and place["engine"] not in (engine.id for engine in now.engines):
-            where = now.models[model]
-            known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
-            now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
-
-    def doubt(self, lease: "Lease") -> None:
-        """An engine that does not answer does not run, unless its agent says so again."""
-        if now := self.nodes.get(lease.node):
-            now.engines = [engine for engine in now.engines if engine.id != lease.engine]
 
     def place(self, node: Node, model: str) -> dict | None:
         """At the engine that is used least of those that listen, if it has room, or if no more are to be expected."""
@@ -1089,11 +1145,11 @@ class Nodes:
         With an eye on the node, for the lease of a dead one says nothing. Raises Lost.
         """
         node, model = lease.node, lease.model
-        failures = self.nodes[node].models[model].failures
+        failures = self.nodes.known[node].models[model].failures
         try:
             while True:
-                now = self.nodes.get(node)
-                if now is None or self.is_lost(node):
+                now = self.nodes.known.get(node)
+                if now is None or self.nodes.is_lost(node):
                     raise Lost("its node has gone")
                 if place := self.place(now, model):
                     return place
@@ -1102,11 +1158,11 @@ class Nodes:
                 if time.monotonic() - begin > self.settings.start_timeout + LOST_SECONDS:
                     raise Lost("no engine has started in time (--start-timeout)")
                 if not now.of(model) and len(now.engines) >= now.slots:
-                    self.agents[node].want.remote(model)
+                    self.nodes.agents[node].want.remote(model)
                 for said in await self.news(now, lease):
-                    self.know(node, model, said)
+                    self.nodes.know(node, model, said)
         except (serve.exceptions.RayServeException, ray.exceptions.RayError, StopAsyncIteration) as error:
-            where = self.nodes[node].models[model] if node in self.nodes else ModelOnNode()
+            where = self.nodes.known[node].models[model] if node in self.nodes.known else ModelOnNode()
             why = where.reason if where.failures else f"has been lost ({type(error).__name__})"
             raise Lost(f"its engine {why}") from error
 
@@ -1127,7 +1183,7 @@ class Nodes:
         """An engine for those who wait, while Serve starts the replica that will own it."""
         needed = min(math.ceil(self.demands[node.id][model].leases / self.settings.room), self.settings.max_replicas)
         if len(node.of(model)) < needed:
-            self.agents[node.id].ensure.remote(model, needed)
+            self.nodes.agents[node.id].ensure.remote(model, needed)
         key = node.id, model
         if key in self.ahead and self.ahead[key].done():
             del self.ahead[key]
@@ -1140,7 +1196,7 @@ class Nodes:
 
     async def listens(self, node: str, model: str) -> dict | None:
         try:
-            return await self.agents[node].first_listening.remote(model)
+            return await self.nodes.agents[node].first_listening.remote(model)
         except ray.exceptions.RayError:  # the agent starts again
             await asyncio.sleep(POLL_SECONDS)
 
@@ -1149,7 +1205,7 @@ class Nodes:
 class Lease:
     """A place at an engine, counted from the moment on that it is asked for."""
 
-    nodes: Nodes
+    places: Places
     node: str
     model: str
     response: serve.handle.DeploymentResponseGenerator  # open as long as the place is used
@@ -1160,7 +1216,7 @@ class Lease:
     given_back: bool = False
 
     def __post_init__(self):
-        self.nodes.demands[self.node][self.model].leases += 1
+        self.places.demands[self.node][self.model].leases += 1
         self.first = asyncio.ensure_future(anext(self.response))  # what it yields
         self.first.add_done_callback(lambda first: first.cancelled() or first.exception())  # it may be of no interest
 
@@ -1168,15 +1224,15 @@ class Lease:
         if self.given_back:
             return
         self.given_back = True
-        self.nodes.demands[self.node][self.model].leases -= 1
+        self.places.demands[self.node][self.model].leases -= 1
         self.first.cancel()
         with contextlib.suppress(serve.exceptions.RayServeException, ray.exceptions.RayError):  # it has failed
             self.response.cancel()
         if self.granted is not None:
-            self.nodes.used[self.engine] -= 1
-            self.nodes.wake(self.node, self.model)
-            took, usual = time.monotonic() - self.granted, self.nodes.service[self.model]
-            self.nodes.service[self.model] = usual + (took - usual) / 8
+            self.places.used[self.engine] -= 1
+            self.places.wake(self.node, self.model)
+            took, usual = time.monotonic() - self.granted, self.places.service[self.model]
+            self.places.service[self.model] = usual + (took - usual) / 8
 
 
 # ---- ingress: HTTP in front of all engines (ingress) ------------------------------------------------
@@ -1272,10 +1328,11 @@ class Ingress:
         connector = aiohttp.TCPConnector(limit=0)
         self.session = aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=EVENT_BYTES)
         self.nodes = Nodes(settings, self.break_off, self.move_all)
+        self.places = Places(settings, self.nodes)
         await self.nodes.keep()
-        await self.nodes.look()
+        await self.look()
         self.tasks = [asyncio.create_task(every(1.0, self.nodes.keep))]
-        self.tasks.append(asyncio.create_task(every(POLL_SECONDS, self.nodes.look)))
+        self.tasks.append(asyncio.create_task(every(POLL_SECONDS, self.look)))
         await self.listen()
 
     async def check_health(self) -> None:
@@ -1289,6 +1346,9 @@ class Ingress:
         if hasattr(self, "runner"):
             await self.runner.cleanup()
         await self.session.close()
+
+    async def look(self) -> None:
+        await self.nodes.look(self.places.leases)
 
     def break_off(self, node: str) -> None:
         """No more is to be expected of a node: who reads from it is told so."""
@@ -1352,7 +1412,7 @@ class Ingress:
 
     def stage_of(self, request: web.Request, body: dict, model: str) -> int | None:
         """The stage that a request waits for, of its header and its body."""
-        last = max((len(node.models[model].sizes) for node in self.nodes.nodes.values()), default=1)
+        last = max((len(node.models[model].sizes) for node in self.nodes.known.values()), default=1)
         wanted = []
         for value in (request.headers.get(MIN_STAGE_HEADER), body.pop(MIN_STAGE, None)):
             if value is None:
@@ -1372,8 +1432,8 @@ class Ingress:
             raise Refused(400, "the body is no JSON object")
         model = self.model_of(body)
         stage = self.stage_of(request, body, model)
-        if (held := self.nodes.held[model]) >= self.settings.hold_limit:
-            chosen = self.nodes.choose(model, stage)
+        if (held := self.places.held[model]) >= self.settings.hold_limit:
+            chosen = self.places.choose(model, stage)
             after = chosen[1] if chosen else RETRY_SECONDS
             raise Refused(429, f"{held} requests wait for {model} (--hold-limit)", after)
         self.counts["requests"] += 1
@@ -1406,7 +1466,7 @@ class Ingress:
         """An answer in one piece: where its engine is lost another makes it, for the client has got nothing yet."""
         avoid: set[str] = set()
         for attempt in itertools.count(1):
-            lease = await self.nodes.lease(model, stage, avoid)
+            lease = await self.places.lease(model, stage, avoid)
             try:
                 async with await self.post(lease, request.path_qs, body, self.headers(request, stage)) as response:
                     data = await response.read()
@@ -1429,7 +1489,7 @@ class Ingress:
     async def stream(self, request: web.Request, body: dict, model: str, stage: int | None) -> web.StreamResponse:
         """A streamed answer, by as many engines as it takes."""
         stream, avoid, client = Stream(body, request.path == ANSWERS[1]), set(), None
-        answering = Answering(stream, model, stage, await self.nodes.lease(model, stage, avoid))
+        answering = Answering(stream, model, stage, await self.places.lease(model, stage, avoid))
         self.answering.add(answering)
         try:
             while True:
@@ -1501,7 +1561,7 @@ class Ingress:
             if begun and (stream.finished or stream.spent):
                 return await self.end(stream, client, None if stream.finished else stream.ending())
             try:
-                answering.lease = await self.nodes.lease(answering.model, answering.stage, avoid)
+                answering.lease = await self.places.lease(answering.model, answering.stage, avoid)
             except Refused as refused:
                 if not begun:
                     raise
@@ -1542,7 +1602,7 @@ class Ingress:
             await asyncio.sleep(POLL_SECONDS)
         if not stream.can_continue:
             return  # its engine has until the node's deadline
-        lease = await self.nodes.lease(answering.model, answering.stage, {left.node})
+        lease = await self.places.lease(answering.model, answering.stage, {left.node})
         try:
             for _ in range(MOVE_ROUNDS):
                 known = len(stream.ids)
@@ -1564,13 +1624,13 @@ class Ingress:
 
     def state(self) -> dict:
         nodes = []
-        for node in self.nodes.nodes.values():
-            demands = self.nodes.demands[node.id]
+        for node in self.nodes.known.values():
+            demands = self.places.demands[node.id]
             models = {
                 name: {
                     "problem": where.problem, "bytes": where.sizes, "cached": where.cached,
-                    "read_mbps": where.speed / 1e6, "leases": demands[name].leases,
-                    "seconds": finite(self.nodes.seconds_to_answer(node, name, where.min_stage)),
+                    "remote": where.remote, "read_mbps": where.speed / 1e6, "leases": demands[name].leases,
+                    "seconds": finite(self.places.seconds_to_answer(node, name, where.min_stage)),
                 }
                 for name, where in node.models.items()
             }  # fmt: skip
@@ -1583,8 +1643,8 @@ class Ingress:
             state = "lost" if self.nodes.is_lost(node.id) else "draining" if drained else "up"
             nodes.append({"node": node.id, "address": node.address, "state": state, "slots": node.slots})
             nodes[-1] |= {"standby": node.standby, "models": models, "engines": engines}
-        held = {name: self.nodes.held[name] for name in self.settings.models}
-        starts = list(self.nodes.starts)
+        held = {name: self.places.held[name] for name in self.settings.models}
+        starts = list(self.places.starts)
         found = {"nodes": nodes, "held": held, "streams": len(self.answering)}
         return found | {"counts": dict(self.counts), "starts": starts}
 
@@ -1671,10 +1731,12 @@ def name_models(checkpoints: list[str]) -> dict[str, str]:
     for text in checkpoints:
         name, equals, checkpoint = text.partition("=")
         if not equals:
-            name, checkpoint = Path(text.rstrip("/")).resolve().name if "://" not in text else text.split("/")[-1], text
+            name, checkpoint = Path(text.rstrip("/")).resolve().name, text
+        if "://" in checkpoint and not is_uri(checkpoint):
+            raise UsageError(f"{checkpoint}: a checkpoint is a folder, or at {' or '.join(URI_SCHEMES)}")
         if name in models:
             raise UsageError(f"two models are called {name}: name one of them with NAME=CKPT")
-        models[name] = checkpoint if "://" in checkpoint else str(Path(checkpoint).resolve())
+        models[name] = checkpoint if is_uri(checkpoint) else str(Path(checkpoint).resolve())
     return models
 
 
@@ -1763,6 +1825,7 @@ def cluster(args: argparse.Namespace):
         options = {"runtime_env": {"working_dir": str(scripts)}, "namespace": "serve", "log_to_driver": False}
         if args.address is None:
             os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(16).hex())  # else Ray writes one to the home folder
+            os.environ.setdefault("RAY_worker_niceness", "0")  # else engines, too, give way to everything else
             options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             options["_temp_dir"] = folder
         else:
@@ -1797,29 +1860,54 @@ def stop(settings: Settings) -> None:
 
 
 def show(url: str, ended: threading.Event) -> None:
-    """On the terminal, whenever it changes: nodes, engines with their stages, requests that wait."""
+    """On the terminal, whenever it changes, until `ended`: what describe() says. Raises UnreachableError."""
     import urllib.request
 
-    before = None
+    before, there = None, time.monotonic()
     while not ended.wait(1.0):
+        if ray_is_there():
+            there = time.monotonic()
+        elif time.monotonic() - there > GONE_SECONDS:
+            raise UnreachableError("Ray has ended, and the fleet with it")
         with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{url}/fleet", timeout=2.0) as answer:
+            with urllib.request.urlopen(f"{url}/fleet", timeout=ANSWER_SECONDS) as answer:
                 state = json.load(answer)
             if (text := describe(state)) != before:
                 print(time.strftime("%H:%M:%S"), text, flush=True)
                 before = text
 
 
+def ray_is_there() -> bool:
+    """Whether its control store (GCS) listens: Ray's own calls would wait a minute for it, and end this process."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS):
+        return True
+    return False
+
+
 def describe(state: dict) -> str:
+    """Of each node what lies where, and its engines with their stages; requests that wait."""
     parts = []
     for node in state["nodes"]:
+        tiers = [tier(name, where) for name, where in node["models"].items()]
         engines = [
             "{model} stage {stage}/{num_stages}".format(**engine) if engine["stage"] else f"{engine['model']} starting"
             for engine in node["engines"]
         ]
-        parts.append(f"{node['address']} ({node['state']}): {', '.join(engines) or 'nothing runs'}")
+        parts.append(f"{node['address']} ({node['state']}; {', '.join(tiers)}): {', '.join(engines) or 'nothing runs'}")
     held = sum(state["held"].values())
     return "; ".join(parts) + (f"; {held} waiting" if held else "")
+
+
+def tier(name: str, where: dict) -> str:
+    """Where a start would find the weights: so roughly that it does not change all the time."""
+    if where["problem"]:
+        return where["problem"]
+    tenths = round(10 * sum(where["cached"]) / max(1, sum(where["bytes"])))
+    speed = float(f"{where['read_mbps']:.1g}")
+    rest = f"{'remote' if where['remote'] else 'disk'} at {speed:.0f} MB/s"
+    tiers = [f"{10 * tenths} % in page cache"] * (tenths > 0) + [rest] * (tenths < 10)
+    return f"{name}: {', '.join(tiers)}"
 
 
 # ---- main -------------------------------------------------------------------------------------------
@@ -1844,10 +1932,11 @@ def main() -> int:
                 print(f"listening at http://{settings.host}:{settings.port}/v1", flush=True)
                 show(f"http://{settings.host}:{settings.port}", ended)
             finally:
-                stop(settings)
-    except UsageError as error:
+                if ray_is_there():
+                    stop(settings)
+    except (UsageError, UnreachableError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 
 import aiohttp
 from conftest import ROOT, free_port
-from test_serve_fleet import FAKE_ENGINE, WITHOUT_MODEL, Fleet, engine_process, undisturbed
+from test_serve_fleet import FAKE_ENGINE, WITHOUT_MODEL, Fleet, engine_process, new_cluster, undisturbed
 from tqdm import tqdm
 
 from serve_fleet import Demand, ModelOnNode, Node, Settings, choose, seconds_to_start
@@ -196,14 +196,19 @@ def measure_overhead(fleet: Fleet, rounds: int = 20) -> dict:
     }
 
 
-def measure_launch(fleet: Fleet, rounds: int = 20) -> dict:
-    """From zero each time: the fleet's engines end after a second without requests."""
+def from_zero(fleet: Fleet, rounds: int, rest: float) -> list[float]:
+    """Seconds to the first token of a request that comes `rest` seconds after the last engine has ended, each time."""
     waited = []
-    for number in tqdm(range(rounds), desc="launch"):
+    for number in tqdm(range(rounds), desc="from zero"):
         fleet.wait(lambda: fleet.engines() == [], "no engine runs", 60)
-        time.sleep(1.0)
-        (answer,) = asyncio.run(ask_all(fleet.url, 1, 2, f"launch {number}"))
+        time.sleep(rest)
+        (answer,) = asyncio.run(ask_all(fleet.url, 1, 8, f"Question {number}: who wrote the book?"))
         waited.append(answer.ttft)
+    return waited
+
+
+def measure_launch(fleet: Fleet, rounds: int = 20) -> dict:
+    waited = from_zero(fleet, rounds, 1.0)
     starts = fleet.state()["starts"]
     errors = [abs(start["estimated"] / start["measured"] - 1) for start in starts]
     launches = [start["launch"] for start in starts]
@@ -254,20 +259,12 @@ def kill_node(fleet: Fleet) -> None:
 def measure_real(fleet: Fleet, rounds: int = 5) -> dict:
     """From zero, and a node that is drained under 8 greedy streams; float32."""
     time.sleep(20)  # until the standbys have imported
-    first = []
-    for number in tqdm(range(rounds), desc="real"):
-        fleet.wait(lambda: fleet.engines() == [], "no engine runs", 60)
-        time.sleep(3)
-        (answer,) = asyncio.run(ask_all(fleet.url, 1, 8, f"Question {number}: who wrote the book?"))
-        first.append(answer.ttft)
+    first = from_zero(fleet, rounds, 3.0)
     options = {"min_tokens": 900}
     before = asyncio.run(ask_all(fleet.url, STREAMS, 900, "Who was", **options))
 
     def drain():
-        node = max(fleet.state()["nodes"], key=lambda node: node["models"]["m"]["leases"])["node"]
-        command = ["ray", "drain-node", "--address", fleet.cluster.address, "--node-id", node]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "fleet_bench"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "60"], check=True, stdout=subprocess.DEVNULL)
+        fleet.drain(max(fleet.state()["nodes"], key=lambda node: node["models"]["m"]["leases"])["node"])
 
     moved = asyncio.run(ask_all(fleet.url, STREAMS, 900, "Who was", drain, **options))
     return {
@@ -473,16 +470,11 @@ def nodes(number: int = 2, slots: int = 1, **engine):
 
     Real ones have a core each, of two that clients need too: of threads that wait none may keep it busy.
     """
-    from ray.cluster_utils import Cluster
-
     environ = {"FAKE_ENGINE": json.dumps(engine), "OMP_WAIT_POLICY": "PASSIVE"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
+    with new_cluster() as cluster:
         for core in range(number):
             cluster.add_node(num_cpus=slots, env_vars=environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)})
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @contextlib.contextmanager

@@ -197,10 +197,10 @@ def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(split_tin
     assert result["summary"][0]["trials"] == 1
 
 
-def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path):
+def test_server_that_fails_is_reported_with_its_log(split_tiny, tmp_path, short_tmp):
     out = tmp_path / "cold.json"
     options = ["--mode", "progressive", "--trials", "1", "--server-args=--hold-stage 9", "--json", out]
-    done = run_script(BENCH, "--checkpoint", split_tiny, *options)
+    done = run_script(BENCH, "--checkpoint", split_tiny, *options, TMPDIR=str(short_tmp))
     assert done.returncode == 1
     assert "exited with code 2 before its first token" in done.stderr
     assert "--hold-stage 9" in done.stderr  # the server's own last words

@@ -3,6 +3,7 @@
 The nodes are Ray's, three or four on one machine; the engines are tests/fake_engine.py, but for the last tests.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ from conftest import ROOT, free_port
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 from fake_engine import next_token, text_of, tokens_of
+from prometheus_client.parser import text_string_to_metric_families
 
 import serve_fleet
 from serve_fleet import Demand, Engine, ModelOnNode, Node, Settings, Stream, choose
@@ -225,6 +227,54 @@ def test_usual_values_keep_nobody_from_being_continued():
 # ---- the command line -------------------------------------------------------------------------------
 
 
+def test_what_the_terminal_says():
+    model = {"problem": None, "bytes": [200, 200], "cached": [200, 60], "remote": False, "read_mbps": 312.0}
+    nodes = [
+        {"address": "n1", "state": "up", "models": {"m": model}, "engines": []},
+        {"address": "n2", "state": "draining", "models": {"m": model | {"cached": [0, 0], "remote": True}},
+         "engines": [{"model": "m", "stage": 2, "num_stages": 3}, {"model": "m", "stage": 0, "num_stages": 0}]},
+        {"address": "n3", "state": "up", "models": {"m": model | {"problem": "vLLM is missing"}}, "engines": []},
+        {"address": "n4", "state": "up", "models": {"m": model | {"cached": [200, 200]}}, "engines": []},
+    ]  # fmt: skip
+    assert serve_fleet.describe({"nodes": nodes, "held": {"m": 3}}).split("; n") == [
+        "n1 (up; m: 60 % in page cache, disk at 300 MB/s): nothing runs",
+        "2 (draining; m: remote at 300 MB/s): m stage 2/3, m starting",
+        "3 (up; vLLM is missing): nothing runs",
+        "4 (up; m: 100 % in page cache): nothing runs; 3 waiting",
+    ]
+
+
+# ---- what a node knows of itself --------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent():
+    """Makes the agent of a node without Ray around it."""
+    agents = []
+
+    def make(checkpoint, server=str(FAKE_ENGINE)) -> serve_fleet.Agent:
+        agents.append(serve_fleet.Agent(Settings({"m": str(checkpoint)}, server=server), "n", "127.0.0.1", 1))
+        return agents[-1]
+
+    yield make
+    for one in agents:
+        asyncio.run(one.end())
+
+
+def test_a_checkpoint_in_an_object_store(agent, split_tiny, bucket):
+    (remote,), (local,) = (agent(checkpoint).models.values() for checkpoint in (bucket, split_tiny))
+    assert remote.problem is None and remote.sizes == local.sizes and sum(remote.sizes) > 0
+    assert remote.remote and not local.remote and remote.cached == [0] * len(remote.sizes)
+    assert "s3://models/none is no progressive checkpoint here" in agent("s3://models/none").models["m"].problem
+
+
+def test_a_node_without_what_it_needs(agent, split_tiny, tmp_path, monkeypatch):
+    assert agent(tmp_path).models["m"].problem == f"{tmp_path} is no progressive checkpoint here (FileNotFoundError)"
+    assert agent(split_tiny, server="none.py").models["m"].problem == "none.py is not there"
+    monkeypatch.setattr(serve_fleet.importlib.util, "find_spec", lambda name: None)
+    assert agent(split_tiny, server=str(ROOT / "progressive_serve.py")).models["m"].problem == "vLLM is not installed"
+
+
 def run_fleet(*arguments, **env):
     command = [sys.executable, str(FLEET), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
@@ -237,11 +287,18 @@ def run_fleet(*arguments, **env):
         (["CKPT", "--server", "nowhere.py"], "--server nowhere.py is not there"),
         (["a/m", "b/m"], "two models are called m: name one of them with NAME=CKPT"),
         (["CKPT", "--address", "127.0.0.1:1"], "Ray"),
+        (["ftp://host/m"], "ftp://host/m: a checkpoint is a folder, or at s3:// or gs://"),
     ],
 )
 def test_bad_input(arguments, said):
     done = run_fleet(*arguments)
     assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_without_ray(tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('there is none')")
+    done = run_fleet("CKPT", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "pip install 'ray[serve]==2.60.0'" in done.stderr
 
 
 def test_config_for_serve_deploy(tmp_path):
@@ -293,6 +350,12 @@ class Fleet:
     def state(self) -> dict:
         return requests.get(f"{self.url}/fleet", timeout=5).json()
 
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """(name, the value of its label) -> value."""
+        text = requests.get(f"{self.url}/metrics", timeout=5).text
+        families = text_string_to_metric_families(text)
+        return {(one.name, "".join(one.labels.values())): one.value for family in families for one in family.samples}
+
     def leases(self) -> int:
         return sum(node["models"]["m"]["leases"] for node in self.state()["nodes"])
 
@@ -300,39 +363,61 @@ class Fleet:
         return [{**engine, "node": node["node"]} for node in self.state()["nodes"] for engine in node["engines"]]
 
     def drain(self, node: str) -> None:
-        command = ["ray", "drain-node", "--address", self.cluster.address, "--node-id", node]
+        command = [
+            Path(sys.executable).with_name("ray"),
+            "drain-node",
+            "--address",
+            self.cluster.address,
+            "--node-id",
+            node,
+        ]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True)
+        subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True, stdout=subprocess.DEVNULL)
 
     def ask(self, prompt: str = "one two", count: int = 4, **options) -> requests.Response:
         body = {"model": "m", "prompt": prompt, "max_tokens": count, **options}
         return requests.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
-    def stream(self, prompt: str, count: int, began: threading.Event | None = None, **options) -> tuple[str, list]:
+    def stream(
+        self, prompt: str, count: int, began: threading.Event | None = None, chat: bool = False, **options
+    ) -> tuple[str, list]:
         """(text, events) of a streamed answer."""
-        body = {"model": "m", "prompt": prompt, "max_tokens": count, "stream": True, **options}
-        events = []
-        with requests.post(f"{self.url}/v1/completions", json=body, stream=True, timeout=60) as response:
+        body = {"model": "m", "max_tokens": count, "stream": True, **options}
+        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        events, path = [], "/v1/chat/completions" if chat else "/v1/completions"
+        with requests.post(self.url + path, json=body, stream=True, timeout=60) as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
                     events.append(json.loads(line[6:]))
                     if began and len(events) == 3:
                         began.set()
-        return text_in([event for event in events if "choices" in event]), events
+        return text_in([event for event in events if "choices" in event], chat), events
 
     def stop(self) -> None:
         self.process.terminate()
         assert self.process.wait(60) == 0, self.log.read_text()
 
 
-@pytest.fixture(scope="module")
-def cluster():
+@contextlib.contextmanager
+def new_cluster(**head):
+    """Ray, with a head that has no room for engines. As on one machine its workers give way to nobody."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        arguments = {"num_cpus": 0, "include_dashboard": False, **head}
+        cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with new_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -369,6 +454,16 @@ def test_from_zero_and_back(fleet):
     assert len(fleet.engines()) == 1
     fleet.wait(lambda: fleet.engines() == [], "no engine runs", 20)
     assert fleet.ask().ok  # and again
+    assert fleet.ask(min_stage=9).status_code == 400
+    metrics = fleet.metrics()
+    assert (metrics["fleet_requests_total", ""], metrics["fleet_refused_total", "400"]) == (3, 1)
+    assert (metrics["fleet_nodes", "up"], metrics["fleet_engines", "m"], metrics["fleet_held_requests", "m"]) == (
+        2,
+        1,
+        0,
+    )
+    starts = fleet.state()["starts"]
+    assert len(starts) == len({start["engine"] for start in starts}) == 2
 
 
 def test_a_burst_is_spread_and_no_request_is_lost(fleet):
@@ -594,14 +689,9 @@ def test_page_in_a_browser(fleet, tmp_path):
     assert page.count('<tr class="up">') == 1 and "stage 3 of 3" in page
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_fleet_on_one_machine(number, split_tiny, short_tmp):
-    port, log = free_port(), short_tmp / "log"
-    command = [sys.executable, FLEET, f"m={split_tiny}", "--port", port, *WITHOUT_MODEL]
-    environ = {**os.environ, "TMPDIR": str(short_tmp)}
-    with open(log, "w") as output:
-        fleet = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=environ)
-    url = f"http://127.0.0.1:{port}/v1/completions"
+@pytest.fixture
+def on_one_machine(split_tiny, short_tmp):
+    """Starts a fleet with a Ray of its own, and an engine: (process, log, what has come of them and runs)."""
 
     def ours() -> list[psutil.Process]:
         found = []
@@ -611,21 +701,81 @@ def test_nothing_is_left_of_a_fleet_on_one_machine(number, split_tiny, short_tmp
                     found.append(process)
         return found
 
-    end = time.monotonic() + 90
+    port, log = free_port(), short_tmp / "log"
+    command = [sys.executable, FLEET, f"m={split_tiny}", "--port", port, *WITHOUT_MODEL]
+    environ = {**os.environ, "TMPDIR": str(short_tmp)}
+    with open(log, "w") as output:
+        fleet = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=environ)
+    try:
+        until_it_answers(f"http://127.0.0.1:{port}", lambda: fleet.poll() is None, log)
+        assert any("fake_engine" in command_of(process) for process in ours())
+        yield fleet, log, ours
+    finally:
+        for process in ours():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        fleet.wait()
+
+
+def engines_of(checkpoint: Path) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if f"fake_engine.py {checkpoint}" in command_of(process)]
+
+
+def until_it_answers(url: str, runs, log: Path, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(requests.RequestException):
-            if requests.post(url, json={"prompt": "x", "max_tokens": 2}, timeout=60).ok:
-                break
-        assert fleet.poll() is None, log.read_text()
+            if requests.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60).ok:
+                return
+        assert runs(), log.read_text()
         time.sleep(0.2)
-    assert any("fake_engine" in command_of(process) for process in ours())
+    pytest.fail(f"no answer within {seconds:g} s: {log.read_text()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_fleet_on_one_machine(number, on_one_machine, short_tmp):
+    fleet, _, ours = on_one_machine
     fleet.send_signal(number)
     assert fleet.wait(60) == (0 if number == signal.SIGTERM else -number)
-    while (left := ours()) and time.monotonic() < end + 60:
+    end = time.monotonic() + 60
+    while (left := ours()) and time.monotonic() < end:
         time.sleep(0.2)
     assert left == []
     if number == signal.SIGTERM:
         assert [path.name for path in short_tmp.iterdir()] == ["log"]
+
+
+def test_a_fleet_ends_with_ray(on_one_machine):
+    fleet, log, ours = on_one_machine
+    for process in ours():
+        if "gcs_server" in command_of(process):
+            process.kill()
+    assert fleet.wait(60) == 1
+    assert "error: Ray has ended, and the fleet with it" in log.read_text()
+    end = time.monotonic() + 60
+    while (left := [one for one in ours() if "fake_engine" in command_of(one)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert left == []  # of Ray itself two processes stay for a minute
+
+
+def test_serve_deploy(split_tiny, tmp_path):
+    """As the README has it: a file, and Ray Serve's own command line."""
+    port, dashboard, config = free_port(), free_port(), tmp_path / "fleet.yaml"
+    done = run_fleet(f"m={split_tiny}", "--port", port, *WITHOUT_MODEL, "--idle", 5, "--write-config", config)
+    assert done.returncode == 0, done.stderr
+    serve = str(Path(sys.executable).with_name("serve"))
+    address = ["--address", f"http://127.0.0.1:{dashboard}"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with new_cluster(include_dashboard=True, dashboard_port=dashboard) as cluster, open(tmp_path / "log", "w") as log:
+        cluster.add_node(num_cpus=1, env_vars={"FAKE_ENGINE": "{}"})
+        options = {"env": environ, "stdout": log, "stderr": log, "timeout": 60, "check": True}
+        subprocess.run([serve, "deploy", str(config), *address], **options)
+        until_it_answers(f"http://127.0.0.1:{port}", lambda: True, tmp_path / "log")
+        subprocess.run([serve, "shutdown", "--yes", *address], **options)
+        end = time.monotonic() + 60
+        while (left := engines_of(split_tiny)) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert left == []
 
 
 # ---- real engines -----------------------------------------------------------------------------------
@@ -636,7 +786,8 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
     served = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 1024]
     fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
-    kinds = [{}, {"stop": ["not in this text"]}, {"logprobs": 1}, {"stream_options": {"include_usage": True}}]
+    usage = {"stream_options": {"include_usage": True}}
+    kinds = [{"chat": True}, {"stop": ["not in this text"]}, {"logprobs": 1}, usage]
     number = 900
 
     def ask_all(began=None):
