@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT.parent / "shared" / "gpu" / "offline_wheels.py"
 ALSO = ("blake3==1.0.11", "zstandard==0.25.0")  # beside vLLM's own requirements
 TAR, SITE = Path("/tmp/gpu-wheels.tar"), Path("/tmp/gpu-site")
+CALL_BYTES = 64 << 20  # that travel with one call: what git tracks, and a piece
 STOP_SECONDS = 10.0  # that a step has to end, once its time is over
 ANSWERS = "final_state_equals_stock or server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3"
 
@@ -180,14 +181,25 @@ def pack(have: Path, out: Path, piece_mib: int) -> None:
     """Pieces, and beside them the order in which they are carried, with their checksums."""
     if not WHEELS.is_file():
         raise UsageError(f"{WHEELS} is not there: it collects the wheels")
+    for old in out.glob("piece*"):
+        old.unlink()
     command = [sys.executable, WHEELS, "--have", have, "--out", out, "--piece-mib", piece_mib, "--also", *ALSO]
     subprocess.run(list(map(str, command)), check=True)
     pieces = sorted(path for path in out.iterdir() if path.is_file() and path.name != "order.json")
+    tracked, largest = tracked_bytes(), max(piece.stat().st_size for piece in pieces)
+    if tracked + largest > CALL_BYTES - (1 << 20):  # order.json, and names
+        most = (CALL_BYTES - tracked >> 20) - 1
+        raise UsageError(f"--piece-mib {piece_mib}: a call carries 64 MiB, the tree among it: at most {most}")
     order = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in pieces]
     (out / "order.json").write_text(json.dumps(order, indent=1) + "\n")
     print("one call for each, back to back, carrying its piece and order.json:")
     for row in order:
         print(f"  python3 tests/gpu_check.py receive {out / row['name']}    # {row['bytes'] / 2**20:.1f} MiB")
+
+
+def tracked_bytes() -> int:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sum((ROOT / name).stat().st_size for name in names.split("\0") if name)
 
 
 def sha256(path: Path) -> str:
@@ -228,7 +240,7 @@ def parse_args() -> argparse.Namespace:
     add = what.add_parser("pack", help="collect the wheels, in pieces")
     add.add_argument("--have", type=Path, required=True, help="names of the packages that are there")
     add.add_argument("--out", type=Path, required=True)
-    add.add_argument("--piece-mib", type=int, default=58)
+    add.add_argument("--piece-mib", type=int, default=56)
     what.add_parser("receive", help="append one piece, install after the last").add_argument("piece", type=Path)
     what.add_parser("tiny", help="make the model of the rehearsal").add_argument("folder", type=Path)
     add = what.add_parser("run", help="the steps")

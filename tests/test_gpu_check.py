@@ -71,6 +71,22 @@ def pieces_of(folder, number=3):
     return pieces
 
 
+def test_pieces_fit_beside_the_tree(tmp_path, monkeypatch):
+    wheels, out = tmp_path / "offline_wheels.py", tmp_path / "pieces"
+    wheels.write_text("import sys; from pathlib import Path; Path(sys.argv[4], 'piece0').write_bytes(b'x' * 60)")
+    out.mkdir()
+    monkeypatch.setattr(gpu_check, "WHEELS", wheels)
+    monkeypatch.setattr(gpu_check, "tracked_bytes", lambda: 100)
+    monkeypatch.setattr(gpu_check, "CALL_BYTES", (1 << 20) + 159)
+    with pytest.raises(UsageError, match="--piece-mib 58: a call carries 64 MiB"):
+        gpu_check.pack(tmp_path / "have", out, 58)
+    monkeypatch.setattr(gpu_check, "CALL_BYTES", (1 << 20) + 160)
+    gpu_check.pack(tmp_path / "have", out, 58)
+    assert json.loads((out / "order.json").read_text()) == [
+        {"name": "piece0", "bytes": 60, "sha256": sha256(out / "piece0")}
+    ]
+
+
 def test_pieces_come_in_order_and_whole(tmp_path, monkeypatch):
     installed = []
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, **_: installed.append(command))
