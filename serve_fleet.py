@@ -31,7 +31,7 @@ Commands:
     python serve_fleet.py demo/smollm2-planes demo/checkpoint       # this machine; a model is named by its folder
     python serve_fleet.py CKPT --address auto --max-replicas 2      # a Ray cluster; CKPT lies on each node that shall
     ray drain-node --node-id ID --reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds 60
-    python serve_fleet.py CKPT --write-config fleet.yaml && serve deploy fleet.yaml
+    python serve_fleet.py CKPT --write-config fleet.yaml && PYTHONPATH=. serve deploy fleet.yaml
     curl localhost:8000/v1/models; curl localhost:8000/fleet        # models; nodes, engines, stages, queues
 
 Every option that is not listed by --help goes to progressive_serve.py, and from there to vLLM.
