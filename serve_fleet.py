@@ -1041,6 +1041,11 @@ class Nodes:
             known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
             now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
 
+    def stage_at(self, lease: "Lease") -> int:
+        """That an engine answers at, as far as its agent has said."""
+        engines = self.known[lease.node].engines if lease.node in self.known else ()
+        return next((engine.stage for engine in engines if engine.id == lease.engine), 1)
+
     def doubt(self, lease: "Lease") -> None:
         """An engine that does not answer does not run, unless its agent says so again."""
         if now := self.known.get(lease.node):
@@ -1323,7 +1328,8 @@ class Ingress:
         self.settings = settings
         self.answering: set[Answering] = set()
         self.counts: Counter[str] = Counter()
-        self.tokens: Counter[str] = Counter()  # by replica
+        self.tokens: Counter[str] = Counter()  # by engine
+        self.turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by engine, of streams that move there
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.TCPConnector(limit=0)
         self.session = aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=EVENT_BYTES)
@@ -1596,26 +1602,32 @@ class Ingress:
         stream.overlap = len(stream.sent) - len(made)
 
     async def move(self, answering: Answering) -> None:
-        """A planned move: another engine computes what there is while this one goes on; then the stream follows."""
+        """A planned move: another engine computes what there is while this one goes on; then the stream follows.
+
+        It does so at the stage that answers now: a transition soon after would compute everything once more. And for
+        one stream at a time: those that have moved wait in each of its steps for what is computed beforehand.
+        """
         stream, left = answering.stream, answering.lease
         while not stream.prompt and not stream.finished and not stream.not_continued:
             await asyncio.sleep(POLL_SECONDS)
         if not stream.can_continue:
             return  # its engine has until the node's deadline
-        lease = await self.places.lease(answering.model, answering.stage, {left.node})
+        stage = max(answering.stage or 1, self.nodes.stage_at(left))
+        lease = await self.places.lease(answering.model, stage, {left.node})
         try:
-            for _ in range(MOVE_ROUNDS):
-                known = len(stream.ids)
-                body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
-                headers = {} if answering.stage is None else {MIN_STAGE_HEADER: str(answering.stage)}
-                async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
-                    await response.read()
-                if len(stream.ids) - known <= FEW_TOKENS:
-                    break
-            if stream.finished or answering.lease is not left or not answering.source:
-                return
-            answering.target, lease = lease, None
-            answering.source.close()
+            async with self.turns[lease.engine]:
+                for _ in range(MOVE_ROUNDS):
+                    known = len(stream.ids)
+                    body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
+                    headers = {MIN_STAGE_HEADER: str(stage)}
+                    async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
+                        await response.read()
+                    if len(stream.ids) - known <= FEW_TOKENS:
+                        break
+                if stream.finished or answering.lease is not left or not answering.source:
+                    return
+                answering.target, lease = lease, None
+                answering.source.close()
         finally:
             if lease:
                 lease.close()
