@@ -1329,7 +1329,6 @@ class Ingress:
         self.answering: set[Answering] = set()
         self.counts: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()  # by engine
-        self.turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by engine, of streams that move there
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.TCPConnector(limit=0)
         self.session = aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=EVENT_BYTES)
@@ -1604,8 +1603,7 @@ class Ingress:
     async def move(self, answering: Answering) -> None:
         """A planned move: another engine computes what there is while this one goes on; then the stream follows.
 
-        It does so at the stage that answers now: a transition soon after would compute everything once more. And for
-        one stream at a time: those that have moved wait in each of its steps for what is computed beforehand.
+        It does so at the stage that answers now: a transition soon after would compute everything once more.
         """
         stream, left = answering.stream, answering.lease
         while not stream.prompt and not stream.finished and not stream.not_continued:
@@ -1615,19 +1613,18 @@ class Ingress:
         stage = max(answering.stage or 1, self.nodes.stage_at(left))
         lease = await self.places.lease(answering.model, stage, {left.node})
         try:
-            async with self.turns[lease.engine]:
-                for _ in range(MOVE_ROUNDS):
-                    known = len(stream.ids)
-                    body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
-                    headers = {MIN_STAGE_HEADER: str(stage)}
-                    async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
-                        await response.read()
-                    if len(stream.ids) - known <= FEW_TOKENS:
-                        break
-                if stream.finished or answering.lease is not left or not answering.source:
-                    return
-                answering.target, lease = lease, None
-                answering.source.close()
+            for _ in range(MOVE_ROUNDS):
+                known = len(stream.ids)
+                body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
+                headers = {MIN_STAGE_HEADER: str(stage)}
+                async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
+                    await response.read()
+                if len(stream.ids) - known <= FEW_TOKENS:
+                    break
+            if stream.finished or answering.lease is not left or not answering.source:
+                return
+            answering.target, lease = lease, None
+            answering.source.close()
         finally:
             if lease:
                 lease.close()
