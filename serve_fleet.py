@@ -1083,20 +1083,23 @@ class Places:
 
     async def lease(self, model: str, stage: int | None, avoid: set[str]) -> "Lease":
         """A place at the engine that answers first. Raises Refused where none is to be had."""
-        reason = None
+        reason, attempts, begin = None, 0, time.monotonic()
         self.held[model] += 1
         try:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    await asyncio.sleep(POLL_SECONDS)
+            while attempts < ATTEMPTS:
                 if (chosen := self.choose(model, stage, avoid)) is None:
                     reason = reason or self.why_nowhere(model)
+                    may_come = any(not node.models[model].problem for node in self.nodes.known.values())
+                    if not may_come or time.monotonic() - begin > 2 * LOST_SECONDS:
+                        break
+                    await asyncio.sleep(POLL_SECONDS)  # nodes that can serve it do not answer, or are drained
                     continue
                 try:
                     return await self.lease_at(*chosen, model)
                 except Lost as lost:
                     avoid.add(chosen[0].id)
-                    reason = str(lost)
+                    reason, attempts = str(lost), attempts + 1
+                    await asyncio.sleep(POLL_SECONDS)
         finally:
             self.held[model] -= 1
         raise Refused(503, f"no engine of {model} is to be had: {reason}", RETRY_SECONDS)
