@@ -1041,6 +1041,11 @@ class Nodes:
             known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
             now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
 
+    def stage_at(self, lease: "Lease") -> int:
+        """That an engine answers at, as far as its agent has said."""
+        engines = self.known[lease.node].engines if lease.node in self.known else ()
+        return next((engine.stage for engine in engines if engine.id == lease.engine), 1)
+
     def doubt(self, lease: "Lease") -> None:
         """An engine that does not answer does not run, unless its agent says so again."""
         if now := self.known.get(lease.node):
@@ -1078,20 +1083,23 @@ class Places:
 
     async def lease(self, model: str, stage: int | None, avoid: set[str]) -> "Lease":
         """A place at the engine that answers first. Raises Refused where none is to be had."""
-        reason = None
+        reason, attempts, begin = None, 0, time.monotonic()
         self.held[model] += 1
         try:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    await asyncio.sleep(POLL_SECONDS)
+            while attempts < ATTEMPTS:
                 if (chosen := self.choose(model, stage, avoid)) is None:
                     reason = reason or self.why_nowhere(model)
+                    may_come = any(not node.models[model].problem for node in self.nodes.known.values())
+                    if not may_come or time.monotonic() - begin > 2 * LOST_SECONDS:
+                        break
+                    await asyncio.sleep(POLL_SECONDS)  # nodes that can serve it do not answer, or are drained
                     continue
                 try:
                     return await self.lease_at(*chosen, model)
                 except Lost as lost:
                     avoid.add(chosen[0].id)
-                    reason = str(lost)
+                    reason, attempts = str(lost), attempts + 1
+                    await asyncio.sleep(POLL_SECONDS)
         finally:
             self.held[model] -= 1
         raise Refused(503, f"no engine of {model} is to be had: {reason}", RETRY_SECONDS)
@@ -1323,7 +1331,7 @@ class Ingress:
         self.settings = settings
         self.answering: set[Answering] = set()
         self.counts: Counter[str] = Counter()
-        self.tokens: Counter[str] = Counter()  # by replica
+        self.tokens: Counter[str] = Counter()  # by engine
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.TCPConnector(limit=0)
         self.session = aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=EVENT_BYTES)
@@ -1596,18 +1604,22 @@ class Ingress:
         stream.overlap = len(stream.sent) - len(made)
 
     async def move(self, answering: Answering) -> None:
-        """A planned move: another engine computes what there is while this one goes on; then the stream follows."""
+        """A planned move: another engine computes what there is while this one goes on; then the stream follows.
+
+        It does so at the stage that answers now: a transition soon after would compute everything once more.
+        """
         stream, left = answering.stream, answering.lease
         while not stream.prompt and not stream.finished and not stream.not_continued:
             await asyncio.sleep(POLL_SECONDS)
         if not stream.can_continue:
             return  # its engine has until the node's deadline
-        lease = await self.places.lease(answering.model, answering.stage, {left.node})
+        stage = max(answering.stage or 1, self.nodes.stage_at(left))
+        lease = await self.places.lease(answering.model, stage, {left.node})
         try:
             for _ in range(MOVE_ROUNDS):
                 known = len(stream.ids)
                 body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
-                headers = {} if answering.stage is None else {MIN_STAGE_HEADER: str(answering.stage)}
+                headers = {MIN_STAGE_HEADER: str(stage)}
                 async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
                     await response.read()
                 if len(stream.ids) - known <= FEW_TOKENS:

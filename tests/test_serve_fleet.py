@@ -427,9 +427,14 @@ def fleet(cluster, split_tiny, tmp_path, monkeypatch):
 
     def start(*options, nodes_of=(1, 1), checkpoint=split_tiny, engines=WITHOUT_MODEL, **engine) -> Fleet:
         environ = {"FAKE_ENGINE": json.dumps(engine), "OMP_WAIT_POLICY": "PASSIVE"}
-        nodes.extend(cluster.add_node(num_cpus=slots, env_vars=environ) for slots in nodes_of)
+
+        def add_node(slots: int = 1) -> None:
+            nodes.append(cluster.add_node(num_cpus=slots, env_vars=environ))
+
+        for slots in nodes_of:
+            add_node(slots)
         fleets.append(Fleet(cluster, tmp_path / "fleet.log", f"m={checkpoint}", *engines, *options))
-        fleets[-1].nodes = nodes
+        fleets[-1].add_node = add_node
         fleets[-1].wait(lambda: len(fleets[-1].state()["nodes"]) == len(nodes_of), "its nodes are there")
         return fleets[-1]
 
@@ -467,7 +472,7 @@ def test_from_zero_and_back(fleet):
 
 
 def test_a_burst_is_spread_and_no_request_is_lost(fleet):
-    fleet = fleet()
+    fleet = fleet(start=3.0)  # all have come before the first engine listens
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(lambda number: fleet.stream(f"burst {number}", 30)[0], range(24)))
     assert answers == [undisturbed(f"burst {number}", 30) for number in range(24)]
@@ -630,8 +635,8 @@ def test_the_ingress_comes_back(fleet):
 
 
 def test_a_node_that_is_added_is_used(fleet):
-    fleet = fleet(nodes_of=(1,))
-    fleet.nodes.append(fleet.cluster.add_node(num_cpus=1))
+    fleet = fleet(nodes_of=(1,), start=3.0)  # all have come before the first engine listens
+    fleet.add_node()
     fleet.wait(lambda: len(fleet.state()["nodes"]) == 2, "the node is there")
     with ThreadPoolExecutor(16) as pool:
         assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(count=50), range(16)))
