@@ -248,9 +248,7 @@ def kill_engine(fleet: Fleet) -> None:
 
 
 def kill_node(fleet: Fleet) -> None:
-    node = fleet.engines()[0]["node"]
-    (ours,) = [one for one in fleet.cluster.worker_nodes if one.node_id == node]
-    fleet.cluster.remove_node(ours, allow_graceful=False)
+    fleet.cluster.remove_node(fleet.ray_node(fleet.engines()[0]["node"]), allow_graceful=False)
 
 
 # ---- real engines -----------------------------------------------------------------------------------

@@ -362,6 +362,9 @@ class Fleet:
     def engines(self) -> list[dict]:
         return [{**engine, "node": node["node"]} for node in self.state()["nodes"] for engine in node["engines"]]
 
+    def ray_node(self, node: str):
+        return next(one for one in self.cluster.worker_nodes if one.node_id == node)
+
     def drain(self, node: str) -> None:
         command = [
             Path(sys.executable).with_name("ray"),
@@ -566,7 +569,7 @@ def test_streams_go_on_when_their_node_is_lost(fleet):
 
     def lose_node():
         node = fleet.engines()[0]["node"]
-        (ours,) = [one for one in fleet.nodes if one.node_id == node]
+        ours = fleet.ray_node(node)
         fleet.cluster.remove_node(ours, allow_graceful=False)
 
     stream_and(fleet, lose_node)
@@ -581,7 +584,7 @@ def test_streams_go_on_when_their_node_stands_still(fleet):
 
     def stop_node():
         node = fleet.engines()[0]["node"]
-        (ours,) = [one for one in fleet.nodes if one.node_id == node]
+        ours = fleet.ray_node(node)
         raylet = psutil.Process(ours.all_processes["raylet"][0].process.pid)
         stopped.extend([raylet, *raylet.children(recursive=True)])
         for process in stopped:
