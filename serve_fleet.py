@@ -727,6 +727,7 @@ class Agent:
         failed = await process.until_listening(self.address, port, self.settings.start_timeout)
         where = self.models[process.engine.model]
         if failed is None:
+            self.listening += (process.age - self.listening) / 2
             await self.look_at_stage(process)
             process.listening = True
             await until_ended(process.popen.pid)
@@ -831,9 +832,7 @@ class Agent:
             engine.seconds[stage["stage"]] = max(1.0, loaded * elapsed / read)
         if before == 0 and engine.stage > 0:
             where.failures = 0
-            ready, resident = events.get(("ready", None)), events.get(("resident", engine.stage))
-            if ready:
-                self.listening += (ready - self.listening) / 2
+            resident = events.get(("resident", engine.stage))
             if resident and process.missing > sum(where.sizes) / 2:  # else the page cache is what has been measured
                 reading = resident - events.get(("reading", None), 0.0)
                 speed = sum(where.sizes[: engine.stage]) / max(reading, 1e-3)
