@@ -337,7 +337,7 @@ class Fleet:
             self.process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT)
         self.wait(lambda: requests.get(f"{self.url}/health", timeout=2).ok, "listens")
 
-    def wait(self, holds, what: str, seconds: float = 60.0):
+    def wait(self, holds, what: str, seconds: float = 120.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(requests.RequestException):
@@ -379,7 +379,7 @@ class Fleet:
 
     def ask(self, prompt: str = "one two", count: int = 4, **options) -> requests.Response:
         body = {"model": "m", "prompt": prompt, "max_tokens": count, **options}
-        return requests.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        return requests.post(f"{self.url}/v1/completions", json=body, timeout=180)
 
     def stream(
         self, prompt: str, count: int, began: threading.Event | None = None, chat: bool = False, **options
@@ -388,7 +388,7 @@ class Fleet:
         body = {"model": "m", "max_tokens": count, "stream": True, **options}
         body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         events, path = [], "/v1/chat/completions" if chat else "/v1/completions"
-        with requests.post(self.url + path, json=body, stream=True, timeout=60) as response:
+        with requests.post(self.url + path, json=body, stream=True, timeout=180) as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
@@ -399,7 +399,7 @@ class Fleet:
 
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(60) == 0, self.log.read_text()
+        assert self.process.wait(120) == 0, self.log.read_text()
 
 
 @contextlib.contextmanager
@@ -506,7 +506,7 @@ def stream_and(fleet, harm, number: int = 4, count: int = 150):
     began = [threading.Event() for _ in range(number)]
     with ThreadPoolExecutor(number) as pool:
         streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one]) for one in range(number)]
-        assert all(event.wait(30) for event in began)
+        assert all(event.wait(120) for event in began)
         harm()
         answers = [stream.result() for stream in streams]
     assert [text for text, _ in answers] == [undisturbed(f"harm {one}", count) for one in range(number)]
@@ -809,7 +809,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
                 for one, kind in enumerate(kinds)
             ]  # fmt: skip
             if began:
-                assert all(event.wait(60) for event in began)
+                assert all(event.wait(180) for event in began)
                 fleet.drain(next(node["node"] for node in fleet.state()["nodes"] if node["models"]["m"]["leases"]))
             return [stream.result() for stream in streams]
 
