@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -114,6 +115,23 @@ def test_nodes_that_cannot_serve():
 def test_a_node_where_engines_fail_comes_last():
     assert chosen([node("fails", cached=1.0, listening=2.5, failures=1), node("slow", disk=0.2)]) == "slow"
     assert chosen([node("fails", failures=1)]) == "fails"
+
+
+def test_a_request_waits_for_nodes_that_do_not_answer(monkeypatch):
+    monkeypatch.setattr(serve_fleet, "POLL_SECONDS", 0.01)
+    known = {"a": node("a")}
+    usable = [[], [], [known["a"]]]  # one after the other
+    places = serve_fleet.Places(Settings({"m": "m"}), SimpleNamespace(known=known, usable=lambda: usable.pop(0)))
+
+    async def lease_at(chosen, estimated, model):
+        return chosen.id
+
+    monkeypatch.setattr(places, "lease_at", lease_at)
+    assert asyncio.run(places.lease("m", None, set())) == "a"
+    known["a"].models["m"].problem, usable = "no checkpoint", [[]]
+    with pytest.raises(serve_fleet.Refused, match="no engine of m is to be had: no checkpoint"):
+        asyncio.run(places.lease("m", None, set()))
+    assert places.held["m"] == 0
 
 
 def test_scale():
