@@ -49,7 +49,7 @@ def test_the_steps_of_a_gpu_and_of_the_rehearsal_are_the_same(tmp_path):
 def test_rehearsal(tmp_path):
     """Real cold starts: the arguments are what the benchmark takes, and results are where they belong."""
     options = ["run", "--small", "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    done = run_script(ROOT / "tests" / "gpu_check.py", *options, "--steps", "machine,layers,planes,eager", timeout=600)
+    done = run_script(ROOT / "tests" / "gpu_check.py", *options, "--steps", "machine,layers,planes,eager", timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out" / "eager.json").read_text())
     assert {row["mode"] for row in result["summary"]} == {"baseline", "progressive", "progressive@planes"}
