@@ -808,16 +808,13 @@ def test_serve_deploy(split_tiny, tmp_path):
 
 
 def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
-    """The whole path: a standby, the demo model, and streams that move to the other node in the middle of a text.
-
-    Where other tests keep the cores busy the second engine comes late, and some streams end at the first one.
-    """
+    """The whole path: standbys, the demo model on both nodes, and streams that move to the other in mid-text."""
     served = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 2048]
     fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
     usage = {"stream_options": {"include_usage": True}}
     kinds = [{"chat": True}, {"stop": ["not in this text"]}, {"logprobs": 1}, usage]
-    number = 1200
+    number = 900
 
     def ask_all(began=None):
         with ThreadPoolExecutor(len(kinds)) as pool:
@@ -831,6 +828,9 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
                 fleet.drain(next(node["node"] for node in fleet.state()["nodes"] if node["models"]["m"]["leases"]))
             return [stream.result() for stream in streams]
 
+    with ThreadPoolExecutor(12) as pool:  # more than one engine has room for
+        assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(), range(12)))
+    fleet.wait(lambda: [engine["stage"] for engine in fleet.engines()] == [3, 3], "both engines are whole")
     before = ask_all()
     after = ask_all([threading.Event() for _ in kinds])
     assert [text for text, _ in after] == [text for text, _ in before]
