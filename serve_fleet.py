@@ -24,8 +24,9 @@ Ray Serve.
 - Where a node is drained, or an engine or its node dies, a stream goes on elsewhere, at no lower stage than its request
   may have: the ingress keeps its token ids, and the next engine computes prompt and tokens so far, and continues. In a
   planned move it does so beforehand. What cannot be continued exactly (structured output, n > 1, penalties, seeds,
-  tools) waits for its end where the move is planned, and gets a clear error where an engine has died. An answer that is
-  not streamed is asked for again.
+  tools, reasoning) waits for its end where the move is planned, and gets a clear error where an engine has died. An
+  answer of which nothing has been sent yet is asked for again.
+- An engine that Serve has no more use for takes no new requests, and ends after those that it answers.
 
 Commands:
     python serve_fleet.py demo/smollm2-planes demo/checkpoint       # this machine; a model is named by its folder
@@ -69,7 +70,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -106,7 +107,8 @@ REQUEST_BYTES = 64 << 20
 EVENT_BYTES = 4 << 20  # of a stream; the first has the ids of the prompt
 FEW_TOKENS = 16  # that may be missing at the end of a planned move: less than what one step computes
 MOVE_ROUNDS = 4  # of computing beforehand
-STOP_SECONDS = 30  # that an engine has for its streams, and then to end
+RETIRE_SECONDS = 300.0  # that an engine which is not needed any more has for those whom it answers
+STOP_SECONDS = 30  # that an engine has for what is left of that, and then to end
 KILL_SECONDS = 5.0  # after which it is killed
 LONG_POLL_SECONDS = 20.0
 SCALE_SECONDS = 0.5  # how often Serve's handles and replicas tell its controller what there is to do
@@ -118,9 +120,11 @@ PROBE_BYTES = 64 << 20  # that an agent reads to see how fast a disk is
 # Where nothing has been measured yet: bytes per second, and seconds.
 CACHE_SPEED, DISK_SPEED, REMOTE_SPEED = 4e9, 3e8, 1e8
 LAUNCH, LISTENING_FROM_STANDBY, LISTENING, FIRST_TOKEN = 4.0, 2.5, 8.0, 0.3
-FAILED_SECONDS = 60.0  # after which a node is tried again on which an engine has not started
+FAILED_SECONDS = 60.0  # after which a node is tried again like others on which an engine has not started
 RECLAIM_SECONDS = 2.0  # until an idle engine of another model has made room
 SERVICE_SECONDS = 10.0  # of a request
+COMPLETION_TOKENS = 16  # of a completion that does not say how many: vLLM's default
+BROKEN_CHARACTER = "\ufffd"  # as which the first bytes of one are decoded
 # What a request may say and still be continued by another engine as this one would have: everything else is refused to.
 CONTINUABLE = {
     *("model", "prompt", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "min_tokens"),
@@ -201,16 +205,16 @@ def is_uri(checkpoint: str | Path) -> bool:
     return str(checkpoint).startswith(URI_SCHEMES)
 
 
-def read_manifest(checkpoint: str) -> str:
-    """The text of progressive.json; from an object store by runai-model-streamer, as vLLM does. Raises UsageError."""
+def read_text(checkpoint: str, name: str) -> str:
+    """A small file of a checkpoint; from an object store by runai-model-streamer, as vLLM does. Raises UsageError."""
     try:
         if not is_uri(checkpoint):
-            return (Path(checkpoint) / "progressive.json").read_text()
+            return (Path(checkpoint) / name).read_text()
         from runai_model_streamer import pull_files
 
         with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
-            pull_files(checkpoint, folder, allow_pattern=["*progressive.json"])
-            return (Path(folder) / "progressive.json").read_text()
+            pull_files(checkpoint, folder, allow_pattern=[f"*{name}"])
+            return (Path(folder) / name).read_text()
     except ImportError as error:
         raise UsageError(f"{checkpoint} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
     except Exception as error:  # of whatever client library the store has
@@ -220,11 +224,20 @@ def read_manifest(checkpoint: str) -> str:
 def read_stages(checkpoint: str) -> tuple[list[list[str]], list[int]]:
     """(files, bytes) that each stage adds. Raises UsageError."""
     try:
-        stages = json.loads(read_manifest(checkpoint))["stages"]
+        stages = json.loads(read_text(checkpoint, "progressive.json"))["stages"]
         files = [[file["name"] for file in stage["files"]] for stage in stages]
         return files, [sum(file["bytes"] for file in stage["files"]) for stage in stages]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{checkpoint} is no progressive checkpoint here ({type(error).__name__})") from error
+
+
+def read_max_tokens(checkpoint: str, options: Collection[str]) -> int | None:
+    """Of a chat that does not say how many: what vLLM reads from the checkpoint, where no option says otherwise."""
+    if any(option.startswith(("--generation-config", "--override-generation-config")) for option in options):
+        return None
+    with contextlib.suppress(UsageError, ValueError):  # it has none
+        return json.loads(read_text(checkpoint, "generation_config.json")).get("max_new_tokens")
+    return None
 
 
 def cached_bytes(path: Path) -> int:
@@ -269,6 +282,7 @@ class Engine:
     url: str
     pid: int
     owned: bool = False  # by a replica of Serve
+    ending: bool = False  # it answers whom it has begun to answer, and nobody else
     age: float = 0.0  # seconds since its spawn
     stage: int = 0  # that answers
     num_stages: int = 0
@@ -290,9 +304,11 @@ class ModelOnNode:
     min_stage: int = 1  # that answers, where a request does not say more
     remote: bool = False  # whether the rest lies in an object store, not on a disk of the node
     speed: float = DISK_SPEED  # bytes per second from there
+    max_tokens: int | None = None  # of a chat that does not say how many
     problem: str | None = None  # why it cannot be served here
     failures: int = 0  # starts that have failed here, since the last one that has not
-    reason: str | None = None  # why the last of them has
+    failed_ago: float = 0.0  # seconds since the last of them
+    reason: str | None = None  # why it has failed
 
 
 @dataclass
@@ -310,7 +326,8 @@ class Node:
     engines: list[Engine] = field(default_factory=list)
 
     def of(self, model: str) -> list[Engine]:
-        return [engine for engine in self.engines if engine.model == model]
+        """The engines of a model that a request may come to."""
+        return [engine for engine in self.engines if engine.model == model and not engine.ending]
 
 
 @dataclass
@@ -345,13 +362,13 @@ def seconds_to_answer(
     served = service * (demand.leases + 1 - settings.room * len(running)) / settings.room
     place = served / len(running) if running else math.inf  # when one of those who are answered has ended
     if needed <= settings.max_replicas:
-        others = [engine for engine in node.engines if engine.model != model]
+        others = [engine for engine in node.engines if engine.model != model or engine.ending]
         # Of each model what runs, or has been asked for and will.
         models = {*node.models, *(engine.model for engine in others)}
         expected = (max(len(node.of(name)), math.ceil(demands[name].leases / settings.room)) for name in models)
-        if sum(expected) < node.slots:
+        if sum(expected) < node.slots - sum(engine.ending for engine in node.engines):
             place = min(place, start)
-        elif any(demands[engine.model].leases == 0 for engine in others):
+        elif any(engine.ending or demands[engine.model].leases == 0 for engine in others):
             place = min(place, start + RECLAIM_SECONDS)
         elif others:
             place = min(place, start + service)
@@ -383,8 +400,8 @@ def choose(
             for of in (first, len(where.sizes))
         )
         if begin < math.inf:
-            later = 0.05 * full + FAILED_SECONDS * where.failures
-            found.append((begin + later, demands[node.id][model].leases, node.id, node, begin))
+            failing = FAILED_SECONDS * where.failures if where.failed_ago < FAILED_SECONDS else 0.0
+            found.append((begin + 0.05 * full + failing, demands[node.id][model].leases, node.id, node, begin))
     if not found:
         return None
     *_, node, begin = min(found)
@@ -404,9 +421,22 @@ def why_not_continued(body: dict) -> str | None:
             return name
     if not isinstance(body.get("prompt", ""), str) and not all(isinstance(token, int) for token in body["prompt"]):
         return "several prompts"
-    if body.get("stop") and (body.get("logprobs") or body.get("return_token_ids")):
+    if body.get("stop") and shows_tokens(body):
         return "stop with logprobs or token ids"  # their text is held back, and they are not
+    if body.get("stop") and body.get("include_stop_str_in_output"):
+        return "stop with include_stop_str_in_output"  # nothing is held back
     return None
+
+
+def shows_tokens(body: dict) -> bool:
+    """Whether the client sees where tokens begin; logprobs of 0 are some too."""
+    return bool(body.get("return_token_ids")) or not any(body.get("logprobs") is none for none in (None, False))
+
+
+def count_of_choices(body: dict) -> int:
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    return (body.get("n") or 1) * (len(prompt) if several else 1)
 
 
 def shorter(body: dict, tokens: int) -> dict:
@@ -421,25 +451,31 @@ class Stream:
     Of what an engine sends everything is kept by token ids (return_token_ids). The token of an event without text may
     be a part of a character, which is lost with its engine; so all tokens up to `sure` have reached the client as text,
     and what follows them is made again. Where the client sees tokens, an event without text is held until text follows.
-    Where strings end the answer, vLLM holds text back, and tokens may be ahead of it: then `overlap` counts characters
-    that the next engine sends again.
+    Where strings end the answer, vLLM holds text back, and tokens are ahead of it: `behind` is that text, with what the
+    next engine sends after it, until it is known that no such string begins in it.
     """
 
     def __init__(self, body: dict, chat: bool):
+        if not chat and body.get("max_tokens") is None:
+            body = {**body, "max_tokens": COMPLETION_TOKENS}
         self.body, self.chat = body, chat
         self.not_continued = why_not_continued(body)
-        self.wants_ids = bool(body.get("return_token_ids"))
-        self.sees_tokens = self.wants_ids or body.get("logprobs") not in (None, False)
+        self.wants_ids, self.shows_tokens = bool(body.get("return_token_ids")), shows_tokens(body)
+        stop = body.get("stop") or []
+        self.stops: list[str] = [stop] if isinstance(stop, str) else stop
         self.prompt: list[int] = []
         self.ids: list[int] = []  # of what has been made
         self.sure = 0  # so many of them have reached the client
         self.before = 0  # so many of them are in the prompt of the engine that answers now
         self.sent = ""  # text that has reached the client
-        self.overlap = 0
+        self.behind, self.joint = "", 0  # so many characters of it are of engines before
         self.offset = 0  # of the text of the engine that answers now
         self.first: dict = {}  # id, created: of all events
         self.held: list[dict] = []
-        self.finished = False
+        self.delivered = False  # whether the client has got any event
+        self.again = False  # whether it had before the engine that answers now
+        self.choices, self.ended = count_of_choices(body), set()
+        self.cut = False  # whether a string has ended it that began with an engine before
 
     def request(self) -> dict:
         """The body for an engine: from the beginning, or from where the last one was lost."""
@@ -456,6 +492,10 @@ class Stream:
         return bool(self.before)
 
     @property
+    def finished(self) -> bool:
+        return len(self.ended) >= self.choices
+
+    @property
     def can_continue(self) -> bool:
         return not self.not_continued and not self.finished and bool(self.prompt)
 
@@ -469,11 +509,26 @@ class Stream:
         """Its engine is lost: what the client has not got is forgotten, and made again."""
         del self.ids[self.sure :]
         self.held.clear()
-        self.overlap, self.offset = 0, len(self.sent)
-        self.before = len(self.ids)
+        self.ended.clear()
+        self.behind, self.joint, self.offset = "", 0, len(self.sent)
+        self.before, self.again = len(self.ids), self.delivered
+
+    def align(self, ids: list[int], text: str) -> None:
+        """After break_off(): which ids are kept, and their text, of which the client may have less. Raises Refused."""
+        self.ids, self.sure, self.before = ids, len(ids), len(ids)
+        if self.stops:
+            if not text.startswith(self.sent):
+                raise Refused(503, "its engine was lost, and its tokens do not give its text again")
+            self.behind = text[len(self.sent) :]
+            self.joint = len(self.behind)
 
     def take(self, event: dict) -> list[dict]:
         """What the client gets of an event of the engine."""
+        events = self.passed(event)
+        self.delivered |= bool(events)
+        return events
+
+    def passed(self, event: dict) -> list[dict]:
         if "error" in event:
             return [event]
         for name in ("id", "created"):
@@ -485,37 +540,50 @@ class Stream:
             return [event]
         choice = event["choices"][0]
         self.keep(event, choice)
-        text = choice["delta"].get("content") if self.chat else choice.get("text")
+        says, name = (choice["delta"], "content") if self.chat else (choice, "text")
+        text = says.get(name) or ""
+        if says.get("reasoning") or says.get("reasoning_content"):
+            self.not_continued = self.not_continued or "reasoning"
+        if self.chat and "role" in says:
+            return [] if self.again else [self.without_ids(event)]  # else it has begun once
         if choice.get("finish_reason"):
-            self.finished = True
+            self.ended.add(choice["index"])
         elif not text and choice.get("token_ids") != []:
-            begins = self.chat and "role" in choice["delta"]
-            if begins and self.continues:
-                return []  # it has begun once
-            if not begins and self.sees_tokens:
+            if self.shows_tokens and not self.not_continued:
                 self.held.append(event)
                 return []
-            if not begins:
-                return [self.without_ids(event)]
-        if self.overlap and text:
-            skipped = min(self.overlap, len(text))
-            self.overlap -= skipped
-            text = text[skipped:]
-            if self.chat:
-                choice["delta"]["content"] = text
-            else:
-                choice["text"] = text
-        self.sent += text or ""
+            return [self.without_ids(event)]
+        if self.behind:
+            says[name] = text = self.joined(choice, text)
+        self.sent += text
         self.sure = len(self.ids)
         events, self.held = [*self.held, event], []
-        return [self.without_ids(event) for event in events]
+        return [self.without_ids(event) for event in events] + (self.usage() if self.cut else [])
+
+    def joined(self, choice: dict, text: str) -> str:
+        """What can be sent of `behind` and `text`; a string that begins in what engines before have made ends it."""
+        before, self.behind = len(self.behind), self.behind + text
+        ends = [stop for stop in self.stops if len(self.ids) > (self.body.get("min_tokens") or 0)]
+        places = [(self.behind.find(stop, max(0, before - len(stop) + 1)), stop) for stop in ends]  # that end in `text`
+        found = [(at, stop) for at, stop in places if 0 <= at < self.joint]
+        known = choice.get("finish_reason") or len(self.behind) - self.joint >= max(map(len, self.stops)) - 1
+        if not found and not known:
+            return ""
+        text, self.behind = self.behind, ""
+        if found:
+            at, stop = min(found)
+            choice |= {"finish_reason": "stop", "stop_reason": stop}
+            self.ended.add(choice["index"])
+            self.cut = True
+            return text[:at]
+        return text
 
     def keep(self, event: dict, choice: dict) -> None:
         """Ids of the prompt (of a chat they are beside the choices) and of the tokens."""
         prompt = choice.get("prompt_token_ids") or event.get("prompt_token_ids")
         if prompt and not self.prompt:
             self.prompt = prompt
-        if self.continues:  # it is another prompt
+        if self.again:  # it may be another prompt
             choice.pop("prompt_token_ids", None)
             event.pop("prompt_token_ids", None)
         self.ids += choice.get("token_ids") or []
@@ -536,11 +604,21 @@ class Stream:
         usage["prompt_tokens"] -= self.before
         usage["completion_tokens"] += self.before
 
-    def ending(self) -> dict:
-        """The last event, where all tokens were made and their engine was lost before it said so."""
+    def ending(self) -> list[dict]:
+        """The last events, where all tokens were made and their engine was lost before it said so."""
         choice = {"index": 0, "finish_reason": "length", **({"delta": {}} if self.chat else {"text": ""})}
+        return [self.event([choice]), *self.usage()]
+
+    def usage(self) -> list[dict]:
+        """The event that counts tokens, where the client wants one."""
+        if not (self.body.get("stream_options") or {}).get("include_usage"):
+            return []
+        counts = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.ids)}
+        return [self.event([]) | {"usage": counts | {"total_tokens": sum(counts.values())}}]
+
+    def event(self, choices: list[dict]) -> dict:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.first, "object": kind, "model": self.body.get("model"), "choices": [choice]}
+        return {**self.first, "object": kind, "model": self.body.get("model"), "choices": choices}
 
 
 def events_of(data: bytes) -> dict | None:
@@ -548,6 +626,15 @@ def events_of(data: bytes) -> dict | None:
     if not data.startswith(b"data: ") or data.startswith(b"data: [DONE]"):
         return None
     return json.loads(data[6:])
+
+
+def why_broken_off(event: dict) -> str | None:
+    """What an event, or an answer in one piece, says of an engine that ends before its answer does."""
+    if error := event.get("error"):
+        refused = isinstance(error.get("code"), int) and error["code"] < 500
+        return None if refused else f"its engine has failed ({error.get('message')})"
+    aborted = any(choice.get("finish_reason") == "abort" for choice in event.get("choices") or ())
+    return "its engine ends" if aborted else None
 
 
 # ---- node agent: one actor per node; its standby, its files, its engines (agent) --------------------
@@ -580,7 +667,7 @@ class Process:
 
     def __init__(self, command: list[str], environ: dict[str, str], engine: Engine, missing: int):
         self.engine, self.missing = engine, missing  # bytes of its checkpoint that are not in the page cache
-        self.listening, self.usable = False, True
+        self.listening = False
         self.spawned = time.monotonic()
         self.last_lines: deque[str] = deque(maxlen=10)
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -618,7 +705,7 @@ class Process:
 
     async def stop(self, seconds: float = STOP_SECONDS) -> None:
         """It answers whom it has begun to answer, and nobody else."""
-        self.usable = False
+        self.engine.ending = True
         self.popen.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.popen.wait, seconds + KILL_SECONDS)
@@ -640,12 +727,15 @@ class Agent:
         self.files: dict[str, list[list[Path]]] = {}
         self.running: dict[str, Process] = {}  # by the engine's id
         self.failures: dict[str, str] = {}  # of engines that have not started
+        self.failed: dict[str, float] = {}  # model -> when the last of them has
+        self.used: dict[str, int] = {}  # by engine: requests of the ingress that are there
         # Of several GPUs Ray says to a replica which is its own, and no engine starts before it.
         self.ahead = not settings.num_gpus or slots == 1
         self.listening = LISTENING_FROM_STANDBY if settings.standby else LISTENING
         self.asked: dict[str, float] = defaultdict(float)  # model -> when a request has last used or waited for it
         self.wanted: dict[str, float] = {}  # model -> when somebody has last asked for room for it
-        self.last_question = time.monotonic()
+        self.questions, self.last_question = 0, time.monotonic()
+        self.alone = False  # the ingress has gone
         self.folder = tempfile.mkdtemp(prefix="fleet-")
         self.standby: subprocess.Popen | None = None
         self.watching: list[asyncio.Task] = []
@@ -666,6 +756,7 @@ class Agent:
             where.problem = str(error)
             return
         where.min_stage = self.settings.min_stage or 1  # its engines may say more
+        where.max_tokens = read_max_tokens(checkpoint, self.settings.options)
         where.cached = [0] * len(files)
         if is_uri(checkpoint):
             where.remote, where.speed = True, REMOTE_SPEED
@@ -674,10 +765,11 @@ class Agent:
         with contextlib.suppress(OSError):  # it is still on its way
             where.speed = disk_speed(self.files[name][-1][-1]) or where.speed
 
-    async def state(self, leases: dict[str, int]) -> dict:
-        """A Node, as a dict; `leases` by model are what the ingress has asked of it."""
-        self.last_question = time.monotonic()
-        self.asked.update({model: time.monotonic() for model, count in leases.items() if count})
+    async def state(self, leases: dict[str, int], used: dict[str, int]) -> dict:
+        """A Node, as a dict; `leases` by model are what the ingress has asked of it, `used` by engine what it has."""
+        now = self.last_question = time.monotonic()
+        self.questions, self.used = self.questions + 1, used
+        self.asked.update({model: now for model, count in leases.items() if count})
         if not self.watching:
             watches = (self.watch_stages(), self.watch_files(), self.watch_ingress())
             self.watching = [asyncio.create_task(watch) for watch in watches]
@@ -688,7 +780,10 @@ class Agent:
         described = {"id": self.id, "address": self.address, "slots": self.slots}
         described |= {"listening": self.listening, "standby": self.standby is not None, "ahead": self.ahead}
         return described | {
-            "models": {name: asdict(where) for name, where in self.models.items()},
+            "models": {
+                name: asdict(where) | {"failed_ago": now - self.failed.get(name, now)}
+                for name, where in self.models.items()
+            },
             "engines": [asdict(process.engine) | {"age": process.age} for process in self.running.values()],
         }
 
@@ -716,7 +811,8 @@ class Agent:
         return process
 
     def usable(self, model: str) -> list[Process]:
-        return [process for process in self.running.values() if process.engine.model == model and process.usable]
+        engines = self.running.values()
+        return [process for process in engines if process.engine.model == model and not process.engine.ending]
 
     def keep_task(self, work) -> None:
         task = asyncio.create_task(work)
@@ -731,8 +827,9 @@ class Agent:
             await self.look_at_stage(process)
             process.listening = True
             await until_ended(process.popen.pid)
-        elif process.usable:  # else it has been stopped while it started
+        elif not process.engine.ending:  # else it has been stopped while it started
             where.failures, where.reason = where.failures + 1, failed
+            self.failed[process.engine.model] = time.monotonic()
             self.failures[process.engine.id] = failed
         await process.stop()
         self.running.pop(process.engine.id, None)
@@ -744,9 +841,9 @@ class Agent:
 
     async def end_unless_owned(self, process: Process) -> None:
         """The answer may end before Serve has made a replica for it, and then no replica is made."""
-        while not process.engine.owned and process.usable:
+        while not process.engine.owned and not process.engine.ending:
             if time.monotonic() - max(process.spawned, self.asked[process.engine.model]) > self.settings.idle:
-                return await process.stop()
+                return await self.retire(process)
             await asyncio.sleep(POLL_SECONDS)
 
     async def first_listening(self, model: str) -> dict | None:
@@ -785,8 +882,23 @@ class Agent:
         return None if process else self.failures.get(engine, "has ended")
 
     async def stop(self, engine: str) -> None:
+        """For a replica that is to end: Serve has sent some of its requests to others, so it may still be used."""
         if process := self.running.get(engine):
-            await process.stop()
+            await self.retire(process)
+
+    async def retire(self, process: Process) -> None:
+        """Ends an engine after those whom it answers, of which the ingress tells once it has heard of this."""
+        process.engine.ending = True
+        heard, end = self.questions + 2, time.monotonic() + RETIRE_SECONDS
+        while self.questions < heard or self.used.get(process.engine.id):
+            if self.alone or time.monotonic() > min(end, self.last_question + LOST_SECONDS):
+                break
+            await asyncio.sleep(POLL_SECONDS / 4)
+        await process.stop()
+
+    async def leave(self) -> None:
+        """The ingress has gone, and what it has asked of engines with it."""
+        self.alone = True
 
     async def end(self) -> None:
         """Of everything on this node."""
@@ -934,7 +1046,7 @@ def application_of(settings: Settings, model: str, node: str):
             max_ongoing_requests=4 * settings.room,  # those that wait for a stage keep nobody from being answered
             autoscaling_config={**scaling, "policy": policy},
             health_check_period_s=1.0,
-            graceful_shutdown_timeout_s=60.0,
+            graceful_shutdown_timeout_s=RETIRE_SECONDS + STOP_SECONDS + 2 * KILL_SECONDS,
             max_constructor_retry_count=1,
         )
         .bind(settings, model)
@@ -951,11 +1063,11 @@ class Lost(Exception):
 class Nodes:
     """The nodes of the cluster, as their agents see them; on each an agent, and an application of each model."""
 
-    def __init__(self, settings: Settings, lose: Callable[[str], None], leave: Callable[[str], None]):
-        """`lose` and `leave` are told of a node from which no more is to be expected, and of one that is drained."""
+    def __init__(self, settings: Settings, lose: Callable[[str], None]):
+        """`lose` is told of a node from which no more is to be expected."""
         from ray._raylet import GcsClient  # as Serve's own controller asks which nodes are drained
 
-        self.settings, self.lose, self.leave = settings, lose, leave
+        self.settings, self.lose = settings, lose
         self.gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
         self.known: dict[str, Node] = {}  # that have answered
         self.seen: dict[str, float] = {}  # when
@@ -967,13 +1079,10 @@ class Nodes:
     async def keep(self) -> None:
         """An agent, and an application for each model, on each node that has resources for an engine."""
         alive = {node["NodeID"]: node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
-        draining = await asyncio.to_thread(self.gcs.get_draining_nodes)
-        begun, self.draining = draining.keys() - self.draining.keys(), draining
-        for node in begun:
-            self.leave(node)
+        self.draining = await asyncio.to_thread(self.gcs.get_draining_nodes)
         for node in self.agents.keys() - alive.keys():
             await self.forget(node)
-        new = [alive[node] for node in alive.keys() - self.agents.keys() - draining.keys()]
+        new = [alive[node] for node in alive.keys() - self.agents.keys() - self.draining.keys()]
         if new := [node for node in new if self.slots(node["Resources"])]:
             await self.adopt(new)
 
@@ -1010,12 +1119,12 @@ class Nodes:
             del self.handles[node, model]
             await asyncio.to_thread(serve.delete, application(model, node), _blocking=False)
 
-    async def look(self, leases: Callable[[str], dict[str, int]]) -> None:
-        """Ask every agent; `leases` of a node, by model, are what the ingress has asked of it."""
+    async def look(self, leases: Callable[[str], dict[str, int]], used: dict[str, int]) -> None:
+        """Ask every agent; see Agent.state(). `leases` are those of a node."""
 
         async def ask(node: str, agent: ray.actor.ActorHandle) -> None:
             with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-                state = await asyncio.wait_for(agent.state.remote(leases(node)), ANSWER_SECONDS)
+                state = await asyncio.wait_for(agent.state.remote(leases(node), used), ANSWER_SECONDS)
                 models = {name: ModelOnNode(**where) for name, where in state.pop("models").items()}
                 engines = [Engine(**engine) for engine in state.pop("engines")]
                 self.known[node] = Node(**state, models=models, engines=engines)
@@ -1035,10 +1144,15 @@ class Nodes:
 
     def know(self, node: str, model: str, place: dict) -> None:
         """Of an engine that listens, before its agent is asked the next time."""
-        if (now := self.known.get(node)) and place["engine"] not in (engine.id for engine in now.engines):
-            where = now.models[model]
-            known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
-            now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
+        if (now := self.known.get(node)) is None:
+            return
+        where = now.models[model]
+        for engine in now.engines:
+            if engine.id == place["engine"]:
+                engine.stage = engine.stage or where.min_stage
+                return
+        known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
+        now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
 
     def stage_at(self, lease: "Lease") -> int:
         """That an engine answers at, as far as its agent has said."""
@@ -1088,7 +1202,10 @@ class Places:
             while attempts < ATTEMPTS:
                 if (chosen := self.choose(model, stage, avoid)) is None:
                     reason = reason or self.why_nowhere(model)
-                    may_come = any(not node.models[model].problem for node in self.nodes.known.values())
+                    known = self.nodes.known.values()
+                    may_come = len(known) < len(self.nodes.agents) or any(
+                        not node.models[model].problem for node in known
+                    )
                     if not may_come or time.monotonic() - begin > 2 * LOST_SECONDS:
                         break
                     await asyncio.sleep(POLL_SECONDS)  # nodes that can serve it do not answer, or are drained
@@ -1160,6 +1277,8 @@ class Places:
                     raise Lost("its node has gone")
                 if place := self.place(now, model):
                     return place
+                if node in self.nodes.draining:
+                    raise Lost("its node is drained")
                 if now.models[model].failures > failures:
                     raise Lost(f"its engine {now.models[model].reason}")
                 if time.monotonic() - begin > self.settings.start_timeout + LOST_SECONDS:
@@ -1289,7 +1408,7 @@ FLEET_PAGE = """<!doctype html>
         const line = make(engines, "div", engine.model);
         make(make(line, "span", "", "bar"), "i").style.width = 100 * engine.stage / (engine.num_stages || 1) + "%";
         make(line, "span", engine.stage ? `stage ${engine.stage} of ${engine.num_stages}, `
-          + `${rate(engine, now).toFixed(0)} tokens/s` : "starting");
+          + `${rate(engine, now).toFixed(0)} tokens/s` : "starting") + (engine.ending ? ", ending" : "");
       }
       const starts = make(row, "td");
       for (const [name, model] of Object.entries(node.models))
@@ -1316,8 +1435,10 @@ class Answering:
     stream: Stream
     model: str
     stage: int | None
+    headers: dict[str, str]  # for its engines
     lease: Lease
     source: aiohttp.ClientResponse | None = None
+    client: web.StreamResponse | None = None  # once it has got something
     target: Lease | None = None  # where it is to go on
     moving: asyncio.Task | None = None
     losses: int = 0
@@ -1334,7 +1455,7 @@ class Ingress:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.TCPConnector(limit=0)
         self.session = aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=EVENT_BYTES)
-        self.nodes = Nodes(settings, self.break_off, self.move_all)
+        self.nodes = Nodes(settings, self.break_off)
         self.places = Places(settings, self.nodes)
         await self.nodes.keep()
         await self.look()
@@ -1355,7 +1476,8 @@ class Ingress:
         await self.session.close()
 
     async def look(self) -> None:
-        await self.nodes.look(self.places.leases)
+        await self.nodes.look(self.places.leases, dict(+self.places.used))
+        self.move_all()
 
     def break_off(self, node: str) -> None:
         """No more is to be expected of a node: who reads from it is told so."""
@@ -1363,10 +1485,11 @@ class Ingress:
             if answering.lease.node == node and answering.source:
                 answering.source.close()
 
-    def move_all(self, node: str) -> None:
-        """A node is drained: its streams go on elsewhere, before it ends."""
+    def move_all(self) -> None:
+        """Streams of nodes that are drained go on elsewhere, as soon as there is a place; what cannot ends there."""
         for answering in self.answering:
-            if answering.lease.node == node and not answering.moving:
+            moves = answering.moving and not answering.moving.done()
+            if answering.lease.node in self.nodes.draining and answering.stream.can_continue and not moves:
                 answering.moving = asyncio.create_task(self.move(answering))
 
     async def listen(self) -> None:
@@ -1419,14 +1542,14 @@ class Ingress:
 
     def stage_of(self, request: web.Request, body: dict, model: str) -> int | None:
         """The stage that a request waits for, of its header and its body."""
-        last = max((len(node.models[model].sizes) for node in self.nodes.known.values()), default=1)
+        last = max((len(node.models[model].sizes) for node in self.nodes.known.values()), default=0)  # 0: not known yet
         wanted = []
         for value in (request.headers.get(MIN_STAGE_HEADER), body.pop(MIN_STAGE, None)):
             if value is None:
                 continue
             number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value) else value
-            if type(number) is not int or not 1 <= number <= last:
-                raise Refused(400, f"{MIN_STAGE} {value!r:.40}: {model} has stages 1 to {last}")
+            if type(number) is not int or not 1 <= number <= (last or number):
+                raise Refused(400, f"{MIN_STAGE} {value!r:.40}: {model} has stages 1 to {last or '?'}")
             wanted.append(number)
         return max(wanted, default=None)
 
@@ -1457,7 +1580,11 @@ class Ingress:
 
     async def post(self, lease: Lease, path: str, body: dict, headers: dict[str, str]) -> aiohttp.ClientResponse:
         """The beginning of an engine's answer. Raises Lost."""
-        asking = asyncio.ensure_future(self.session.post(lease.url + path, json=body, headers=headers))
+        return await self.unless_lost(lease, self.session.post(lease.url + path, json=body, headers=headers))
+
+    async def unless_lost(self, lease: Lease, work: Awaitable):
+        """What an engine has to say, with an eye on its node: a dead one says nothing. Raises Lost."""
+        asking = asyncio.ensure_future(work)
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=POLL_SECONDS)
@@ -1476,11 +1603,13 @@ class Ingress:
             lease = await self.places.lease(model, stage, avoid)
             try:
                 async with await self.post(lease, request.path_qs, body, self.headers(request, stage)) as response:
-                    data = await response.read()
+                    data = await self.unless_lost(lease, response.read())
                     if response.status == 503 and attempt < ATTEMPTS:
                         raise Lost("its engine ends")
+                    if b'"abort"' in data and request.path in ANSWERS and (why := why_broken_off(json.loads(data))):
+                        raise Lost(why)
                     return web.Response(body=data, status=response.status, headers=self.passed_on(response))
-            except (Lost, aiohttp.ClientError, OSError) as lost:
+            except Lost as lost:
                 avoid.add(lease.node)
                 self.nodes.doubt(lease)
                 self.counts["lost"] += 1
@@ -1495,32 +1624,29 @@ class Ingress:
 
     async def stream(self, request: web.Request, body: dict, model: str, stage: int | None) -> web.StreamResponse:
         """A streamed answer, by as many engines as it takes."""
-        stream, avoid, client = Stream(body, request.path == ANSWERS[1]), set(), None
-        answering = Answering(stream, model, stage, await self.places.lease(model, stage, avoid))
+        chat, headers, avoid = request.path == ANSWERS[1], self.headers(request, stage), set()
+        lease = await self.places.lease(model, stage, avoid)
+        most = max((node.models[model].max_tokens or 0 for node in self.nodes.known.values()), default=0)
+        if chat and most and not body.get("max_tokens") and not body.get("max_completion_tokens"):
+            body["max_tokens"] = most  # said here, so that another engine makes the rest of them, and not as many again
+        answering = Answering(Stream(body, chat), model, stage, headers, lease)
         self.answering.add(answering)
         try:
             while True:
                 try:
-                    lease, headers = answering.lease, self.headers(request, stage)
-                    async with await self.post(lease, request.path_qs, stream.request(), headers) as source:
-                        if source.status != 200:
-                            if client is None and (source.status != 503 or answering.losses >= ATTEMPTS - 1):
-                                data = await source.read()
-                                return web.Response(body=data, status=source.status, headers=self.passed_on(source))
-                            raise Lost(f"its engine answers {source.status}")
-                        if client is None:
-                            client = web.StreamResponse(headers=self.passed_on(source))
-                            await client.prepare(request)
-                        answering.source = source
-                        await self.pass_events(source, answering, client)
-                        return client
+                    return await self.answered(request, answering)
                 except (Lost, aiohttp.ClientError, OSError) as lost:
                     answering.source = None
                     if request.transport is None:  # it is the client who has gone
                         raise
-                    await self.go_on(answering, avoid, client, lost)
-                    if stream.finished:
-                        return client
+                    await self.go_on(answering, avoid, lost)
+        except Exception as error:
+            if answering.client is None or request.transport is None:
+                raise
+            if not isinstance(error, Refused):
+                logger.exception("%s %s", request.method, request.path)
+                error = Refused(500, f"{type(error).__name__}: {error}")
+            return await self.end(request, answering, [error.body()])
         finally:
             self.answering.discard(answering)
             if answering.moving:
@@ -1529,107 +1655,120 @@ class Ingress:
                 if lease:
                     lease.close()
 
-    async def pass_events(self, source: aiohttp.ClientResponse, answering: Answering, client) -> None:
+    async def answered(self, request: web.Request, answering: Answering) -> web.StreamResponse:
+        """By the engine whose place is leased, from where the one before was lost. Raises Lost."""
+        stream, lease = answering.stream, answering.lease
+        if answering.client and (stream.finished or stream.spent):
+            return await self.end(request, answering, [] if stream.finished else stream.ending())
+        stream.break_off()
+        if stream.continues:
+            await self.align(answering)
+        async with await self.post(lease, request.path_qs, stream.request(), answering.headers) as source:
+            if source.status != 200:
+                if answering.client is None and (source.status != 503 or answering.losses >= ATTEMPTS - 1):
+                    data = await self.unless_lost(lease, source.read())
+                    return web.Response(body=data, status=source.status, headers=self.passed_on(source))
+                raise Lost(f"its engine answers {source.status}")
+            answering.source = source
+            return await self.pass_events(request, answering)
+
+    async def pass_events(self, request: web.Request, answering: Answering) -> web.StreamResponse:
         """From an engine to the client. Raises Lost where it ends too early."""
-        stream = answering.stream
+        stream, source = answering.stream, answering.source
         while data := await read_event(source.content):
-            event = events_of(data)
-            if event is None:
+            if (event := events_of(data)) is None:
                 if data.startswith(b"data: [DONE]"):
-                    await client.write(b"data: [DONE]\n\n")
-                    return await client.write_eof()
+                    return await self.end(request, answering, [])
                 continue
             self.tokens[answering.lease.engine] += 1
-            if "error" in event and stream.can_continue:
-                raise Lost("its engine has ended")
-            for passed in stream.take(event):
-                await client.write(b"data: " + json.dumps(passed, separators=(",", ":")).encode() + b"\n\n")
+            if why := why_broken_off(event):
+                raise Lost(why)
+            await self.send(request, answering, stream.take(event))
+            if stream.cut:
+                return await self.end(request, answering, [])
         raise Lost("its engine has ended")
 
-    async def go_on(self, answering: Answering, avoid: set[str], client, lost: Exception) -> None:
-        """After the loss of an engine: where the stream goes on; or its end, with an error. Raises Refused."""
+    async def send(self, request: web.Request, answering: Answering, events: list[dict]) -> None:
+        """To the client, who gets no status before there is something to send: until then all can begin anew."""
+        if answering.client is None and events:
+            client = web.StreamResponse(headers=self.passed_on(answering.source))
+            await client.prepare(request)
+            answering.client = client
+        for event in events:
+            await answering.client.write(b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n")
+
+    async def end(self, request: web.Request, answering: Answering, events: list[dict]) -> web.StreamResponse:
+        await self.send(request, answering, events)
+        await answering.client.write(b"data: [DONE]\n\n")
+        await answering.client.write_eof()
+        return answering.client
+
+    async def go_on(self, answering: Answering, avoid: set[str], lost: Exception) -> None:
+        """After the loss of an engine, or where a stream moves: a place at another. Raises Refused."""
         stream, left = answering.stream, answering.lease
         left.close()
         if answering.target:
             answering.lease, answering.target, answering.moving = answering.target, None, None
             self.counts["moved"] += 1
-        else:
-            avoid.add(left.node)
-            self.nodes.doubt(left)
-            self.counts["lost"] += 1
-            answering.losses += 1
-            begun = client is not None
-            if answering.losses >= ATTEMPTS or (begun and not stream.can_continue and not stream.finished):
-                why = f"cannot be continued elsewhere ({stream.not_continued})" if stream.not_continued else str(lost)
-                refused = Refused(503, f"the engine of {answering.model} was lost, and this answer {why}")
-                if not begun:
-                    raise refused
-                return await self.end(stream, client, refused.body())
-            if begun and (stream.finished or stream.spent):
-                return await self.end(stream, client, None if stream.finished else stream.ending())
-            try:
-                answering.lease = await self.places.lease(answering.model, answering.stage, avoid)
-            except Refused as refused:
-                if not begun:
-                    raise
-                return await self.end(stream, client, refused.body())
-        stream.break_off()
-        if stream.body.get("stop") and stream.continues:
-            await self.align(answering)
-
-    async def end(self, stream: Stream, client, event: dict | None) -> None:
-        stream.finished = True
-        if event:
-            await client.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-        await client.write(b"data: [DONE]\n\n")
-        await client.write_eof()
+            return
+        avoid.add(left.node)
+        self.nodes.doubt(left)
+        self.counts["lost"] += 1
+        answering.losses += 1
+        if answering.client and (stream.finished or stream.spent):
+            return  # only its end is missing
+        if answering.losses >= ATTEMPTS:
+            raise Refused(503, f"{ATTEMPTS} engines of {answering.model} were lost with this answer: {lost}")
+        if answering.client and not stream.can_continue:
+            why = f"cannot be continued elsewhere ({stream.not_continued or 'its prompt is not known'})"
+            raise Refused(503, f"the engine of {answering.model} was lost, and this answer {why}: {lost}")
+        answering.lease = await self.places.lease(answering.model, answering.stage, avoid)
 
     async def align(self, answering: Answering) -> None:
-        """Where text is held back for strings that end the answer, tokens are ahead of it: go back to the text."""
-        stream, lease = answering.stream, answering.lease
+        """Go back to a whole character, for an event of several tokens may end within one. Raises Lost, Refused."""
+        stream, ids = answering.stream, list(answering.stream.ids)
+        prompt = await self.text(answering, stream.prompt)
+        while (text := await self.text(answering, [*stream.prompt, *ids])).endswith(BROKEN_CHARACTER) and ids:
+            ids.pop()
+        stream.align(ids, text[len(prompt) :])
 
-        async def text(tokens: list[int]) -> str:
-            body = {"model": answering.model, "tokens": tokens}
-            async with await self.post(lease, "/detokenize", body, {}) as response:
-                return (await response.json())["prompt"]
-
-        prompt = await text(stream.prompt)
-        while True:
-            made = (await text([*stream.prompt, *stream.ids]))[len(prompt) :]
-            if stream.sent.startswith(made) or not stream.ids:
-                break
-            stream.ids.pop()
-        stream.sure = stream.before = len(stream.ids)
-        stream.overlap = len(stream.sent) - len(made)
+    async def text(self, answering: Answering, tokens: list[int]) -> str:
+        """Of tokens, by an engine's tokenizer. Raises Lost."""
+        body = {"model": answering.model, "tokens": tokens}
+        async with await self.post(answering.lease, "/detokenize", body, answering.headers) as response:
+            if response.status != 200:
+                raise Lost(f"its engine answers {response.status}")
+            return (await self.unless_lost(answering.lease, response.json()))["prompt"]
 
     async def move(self, answering: Answering) -> None:
         """A planned move: another engine computes what there is while this one goes on; then the stream follows.
 
         It does so at the stage that answers now: a transition soon after would compute everything once more.
         """
-        stream, left = answering.stream, answering.lease
-        while not stream.prompt and not stream.finished and not stream.not_continued:
-            await asyncio.sleep(POLL_SECONDS)
-        if not stream.can_continue:
-            return  # its engine has until the node's deadline
-        stage = max(answering.stage or 1, self.nodes.stage_at(left))
-        lease = await self.places.lease(answering.model, stage, {left.node})
-        try:
-            for _ in range(MOVE_ROUNDS):
-                known = len(stream.ids)
-                body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
-                headers = {MIN_STAGE_HEADER: str(stage)}
-                async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
-                    await response.read()
-                if len(stream.ids) - known <= FEW_TOKENS:
-                    break
-            if stream.finished or answering.lease is not left or not answering.source:
+        with contextlib.suppress(Refused, Lost):  # it is tried again
+            stage = max(answering.stage or 1, self.nodes.stage_at(answering.lease))
+            lease = await self.places.lease(answering.model, stage, {answering.lease.node})
+            try:
+                await self.compute_beforehand(answering, lease, stage)
+                if answering.stream.can_continue and answering.source:
+                    answering.target, lease = lease, None
+                    answering.source.close()
+            finally:
+                if lease:
+                    lease.close()
+
+    async def compute_beforehand(self, answering: Answering, lease: Lease, stage: int) -> None:
+        """K and V of a stream's tokens, at another engine, until few are missing. Raises Lost."""
+        stream, headers = answering.stream, {**answering.headers, MIN_STAGE_HEADER: str(stage)}
+        for _ in range(MOVE_ROUNDS):
+            known = len(stream.ids)
+            body = {"model": answering.model, "prompt": [*stream.prompt, *stream.ids], "max_tokens": 1}
+            async with await self.post(lease, ANSWERS[0], body | {"temperature": 0}, headers) as response:
+                await self.unless_lost(lease, response.read())
+                if response.status != 200:
+                    raise Lost(f"its engine answers {response.status}")
+            if len(stream.ids) - known <= FEW_TOKENS:
                 return
-            answering.target, lease = lease, None
-            answering.source.close()
-        finally:
-            if lease:
-                lease.close()
 
     # What operators see
 
@@ -1647,7 +1786,8 @@ class Ingress:
             }  # fmt: skip
             engines = [
                 {"engine": engine.id, "model": engine.model, "url": engine.url, "stage": engine.stage,
-                 "num_stages": engine.num_stages, "owned": engine.owned, "tokens": self.tokens[engine.id]}
+                 "num_stages": engine.num_stages, "owned": engine.owned, "ending": engine.ending,
+                 "tokens": self.tokens[engine.id]}
                 for engine in node.engines
             ]  # fmt: skip
             drained = node.id in self.nodes.draining
@@ -1860,14 +2000,17 @@ def start(settings: Settings) -> None:
 def stop(settings: Settings) -> None:
     """End what belongs to this fleet: applications, engines, agents. Others' on the same cluster stay."""
     names = [name for name in serve.status().applications if name.startswith(f"{INGRESS}-")]
-    for name in (INGRESS, *names):
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    agents = [ray.get_actor(actor["name"], NAMESPACE) for actor in actors if actor["namespace"] == NAMESPACE]
+    serve.delete(INGRESS, _blocking=True)
+    for agent in agents:
+        agent.leave.remote()
+    for name in names:
         serve.delete(name, _blocking=True)
-    for agent in ray.util.list_named_actors(all_namespaces=True):
-        if agent["namespace"] == NAMESPACE:
-            actor = ray.get_actor(agent["name"], NAMESPACE)
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(actor.end.remote(), timeout=2 * KILL_SECONDS)
-            ray.kill(actor)
+    for agent in agents:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(agent.end.remote(), timeout=2 * KILL_SECONDS)
+        ray.kill(agent)
 
 
 def show(url: str, ended: threading.Event) -> None:

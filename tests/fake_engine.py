@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-DEFAULTS = {"start": 0.3, "stage_seconds": [0.0, 0.5, 1.0], "token_seconds": 0.02, "fail": "", "fail_on": ""}
+DEFAULTS = {"start": 0.3, "stage_seconds": [0.0, 0.5, 1.0], "token_seconds": 0.02, "first_token_seconds": 0.0}
 VOCABULARY = 50000
 
 
@@ -57,6 +57,8 @@ class FakeEngine:
         )
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        if (key := os.environ.get("VLLM_API_KEY")) and request.headers.get("Authorization") != f"Bearer {key}":
+            return web.json_response({"error": {"message": "no key", "code": 401}}, status=401)
         body = await request.json()
         chat = request.path.endswith("chat/completions")
         given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
@@ -77,7 +79,8 @@ class FakeEngine:
             usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
             return web.json_response({"id": "whole", "choices": [choice], "usage": usage}, headers=headers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **headers})
-        await response.prepare(request)
+        await response.prepare(request)  # as vLLM does, before there is a token
+        await asyncio.sleep(self.settings["first_token_seconds"])
 
         async def send(**event) -> None:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")

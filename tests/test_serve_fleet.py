@@ -115,20 +115,57 @@ def test_nodes_that_cannot_serve():
 def test_a_node_where_engines_fail_comes_last():
     assert chosen([node("fails", cached=1.0, listening=2.5, failures=1), node("slow", disk=0.2)]) == "slow"
     assert chosen([node("fails", failures=1)]) == "fails"
+    for_a_while = node("fails", cached=1.0, listening=2.5, failures=1, failed_ago=61.0)
+    assert chosen([for_a_while, node("slow", disk=0.2)]) == "fails"
+
+
+def test_an_engine_that_ends_gets_no_new_requests():
+    ends, asked = node("ends", cached=1.0), demands()
+    ends.engines = [Engine("e", "m", "http://e", 1, stage=3, num_stages=3, ending=True)]
+    places = serve_fleet.Places(Settings({"m": "m"}), SimpleNamespace())
+    assert places.place(ends, "m") is None
+    assert chosen([ends, node("free", cached=1.0)], asked=asked) == "free"
+    assert chosen([ends], asked=asked) == "ends"  # where another starts once that has made room
+    ends.engines.append(Engine("f", "m", "http://f", 1, stage=3, num_stages=3))
+    assert places.place(ends, "m")["engine"] == "f" and chosen([ends, node("free")], asked=asked) == "ends"
+
+
+def test_an_engine_is_used_as_soon_as_it_is_said_to_listen():
+    starting = node("n")
+    starting.engines = [Engine("e", "m", "http://e", 1)]
+    nodes = SimpleNamespace(known={"n": starting})
+    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://e", "engine": "e", "age": 1.0})
+    assert [engine.stage for engine in starting.engines] == [1]
+    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://f", "engine": "f", "age": 1.0})
+    assert [engine.id for engine in starting.engines] == ["e", "f"]
+
+
+def test_a_stage_is_refused_only_where_the_stages_are_known():
+    ingress = SimpleNamespace(nodes=SimpleNamespace(known={}))
+    request = SimpleNamespace(headers={"X-Progressive-Min-Stage": "2"})
+    assert serve_fleet.Ingress.stage_of(ingress, request, {"min_stage": 3}, "m") == 3
+    ingress.nodes.known["n"] = node("n")
+    with pytest.raises(serve_fleet.Refused, match="m has stages 1 to 3"):
+        serve_fleet.Ingress.stage_of(ingress, request, {"min_stage": 4}, "m")
 
 
 def test_a_request_waits_for_nodes_that_do_not_answer(monkeypatch):
     monkeypatch.setattr(serve_fleet, "POLL_SECONDS", 0.01)
     known = {"a": node("a")}
     usable = [[], [], [known["a"]]]  # one after the other
-    places = serve_fleet.Places(Settings({"m": "m"}), SimpleNamespace(known=known, usable=lambda: usable.pop(0)))
+    nodes = SimpleNamespace(known=known, agents=["a"], usable=lambda: usable.pop(0))
+    places = serve_fleet.Places(Settings({"m": "m"}), nodes)
 
     async def lease_at(chosen, estimated, model):
         return chosen.id
 
     monkeypatch.setattr(places, "lease_at", lease_at)
     assert asyncio.run(places.lease("m", None, set())) == "a"
-    known["a"].models["m"].problem, usable = "no checkpoint", [[]]
+    known.clear()  # its agent has not answered yet
+    usable += [[], [node("b")]]
+    assert asyncio.run(places.lease("m", None, set())) == "b"
+    known["a"] = node("a", problem="no checkpoint")
+    usable.append([])
     with pytest.raises(serve_fleet.Refused, match="no engine of m is to be had: no checkpoint"):
         asyncio.run(places.lease("m", None, set()))
     assert places.held["m"] == 0
@@ -225,6 +262,135 @@ def test_usage_and_offsets_are_those_of_one_answer():
     assert stream.take(usage)[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 
+def test_a_chat_begins_once():
+    stream = Stream({"messages": [], "stream": True}, chat=True)
+    (role,) = chunks([], [], chat=True, finish=None)
+    assert stream.take(role) and stream.prompt == [1, 2]
+    stream.break_off()  # before its first token
+    assert stream.request() == {**stream.body, "return_token_ids": True}
+    got = [passed for event in chunks([7], ["a"], chat=True) for passed in stream.take(event)]
+    assert [choice["delta"] for event in got for choice in event["choices"]] == [{"content": "a"}]
+
+
+def decode(tokens: list[int]) -> str:
+    """Of tokens that are bytes."""
+    return bytes(tokens).decode(errors="replace")
+
+
+def aligned(stream: Stream) -> Stream:
+    """As the ingress does it, with a tokenizer of bytes."""
+
+    async def text(_, tokens):
+        return decode(tokens)
+
+    asyncio.run(serve_fleet.Ingress.align(SimpleNamespace(text=text), SimpleNamespace(stream=stream)))
+    return stream
+
+
+def test_an_event_of_several_tokens_may_end_within_a_character():
+    stream = Stream({"prompt": "x", "stream": True}, False)
+    (event,) = chunks([ord("a")], ["a"], prompt=b"x", finish=None)
+    event["choices"][0]["token_ids"] += "é".encode()[:1]  # vLLM joins events that nobody has fetched in time
+    stream.take(event)
+    stream.break_off()
+    assert aligned(stream).request()["prompt"] == [*b"xa"]
+    (event,) = chunks([*"é".encode()][1:], ["é"], finish=None)
+    assert text_in(stream.take(event)) == "é"
+
+
+@pytest.mark.parametrize(
+    "rest, text, reason",
+    [("D never", "one ", "stop"), (" of ENDs", "one EN of ENDs", "length"), ("", "one EN", "length")],
+)
+def test_a_string_that_ends_the_answer_may_begin_with_one_engine_and_end_with_another(rest, text, reason):
+    options = {"stream_options": {"include_usage": True}, "max_tokens": 6 + len(rest)}
+    stream = Stream({"prompt": "x", "stream": True, "stop": ["END", "?"], **options}, False)
+    for event in chunks([*b"one EN"], ["", "", "o", "n", "e", " "], prompt=b"x", finish=None):
+        stream.take(event)
+    stream.break_off()
+    assert aligned(stream).request()["prompt"] == [*b"xone EN"] and stream.sent == "one "
+    got = []
+    for event in (
+        chunks([*rest.encode()], [*rest])
+        if rest
+        else [{"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}]
+    ):
+        got += stream.take(event)
+        if stream.cut:
+            break
+    assert "one " + text_in(got) == text and stream.finished
+    assert [choice["finish_reason"] for event in got for choice in event["choices"]][-1] == reason
+    if stream.cut:
+        assert got[-1]["usage"] == {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+
+
+def test_a_string_that_is_looked_for_later_ends_nothing():
+    stream = Stream({"prompt": "x", "stream": True, "stop": "END", "min_tokens": 9, "max_tokens": 20}, False)
+    for event in chunks([*b"one EN"], ["", "", "o", "n", "e", " "], prompt=b"x", finish=None):
+        stream.take(event)
+    stream.break_off()
+    aligned(stream)
+    got = [passed for event in chunks([*b"D of"], [*"D of"], finish=None) for passed in stream.take(event)]
+    assert text_in(got) == "END of" and not stream.finished
+
+
+def test_tokens_that_give_another_text_are_not_continued():
+    stream = Stream({"prompt": "x", "stream": True, "stop": "END"}, False)
+    for event in chunks([*b"abc"], ["", "", "z"], prompt=b"x", finish=None):
+        stream.take(event)
+    stream.break_off()
+    with pytest.raises(serve_fleet.Refused, match="do not give its text again"):
+        aligned(stream)
+
+
+def test_several_choices_end_one_by_one():
+    stream = Stream({"prompt": ["x", "y"], "n": 2, "stream": True}, False)
+    for index in range(4):
+        assert not stream.finished
+        stream.take({"choices": [{"index": index, "text": "a", "finish_reason": "stop"}]})
+    assert stream.finished
+
+
+def test_as_many_tokens_as_one_engine_would_make():
+    stream = Stream({"prompt": "x", "stream": True, "max_tokens": None}, False)
+    for event in chunks([5, 6], ["a", "b"], finish=None):
+        stream.take(event)
+    stream.break_off()
+    assert stream.request()["max_tokens"] == 14  # vLLM's default is 16
+    for event in chunks([7] * 14, ["c"] * 14, finish=None):
+        stream.take(event)
+    assert stream.spent and not stream.finished
+
+
+def test_reasoning_is_not_continued():
+    stream = Stream({"messages": [], "stream": True, "logprobs": True}, chat=True)
+    stream.take(chunks([], [], chat=True, finish=None)[0])
+    event = {"choices": [{"index": 0, "delta": {"reasoning": "hm"}, "token_ids": [5]}]}
+    assert stream.take(event) == [event]  # at once
+    assert not stream.can_continue and stream.not_continued == "reasoning"
+
+
+@pytest.mark.parametrize("logprobs, shown", [(0, True), (1, True), (True, True), (False, False), (None, False)])
+def test_logprobs_of_0_are_some(logprobs, shown):
+    assert Stream({"prompt": "x", "logprobs": logprobs}, False).shows_tokens is shown
+    refused = serve_fleet.why_not_continued({"prompt": "x", "stop": "a", "logprobs": logprobs})
+    assert bool(refused) is shown
+
+
+@pytest.mark.parametrize(
+    "event, why",
+    [
+        ({"error": {"message": "it is dead", "code": 500}}, "its engine has failed (it is dead)"),
+        ({"error": {"message": "bad", "code": 400}}, None),
+        ({"choices": [{"finish_reason": "abort"}]}, "its engine ends"),
+        ({"choices": [{"finish_reason": "stop"}]}, None),
+        ({"choices": [], "usage": {}}, None),
+    ],
+)
+def test_what_says_that_an_engine_ends(event, why):
+    assert serve_fleet.why_broken_off(event) == why
+
+
 @pytest.mark.parametrize(
     "option, value",
     [("n", 2), ("seed", 1), ("presence_penalty", 0.5), ("response_format", {"type": "json_object"}), ("tools", [{}]),
@@ -232,7 +398,7 @@ def test_usage_and_offsets_are_those_of_one_answer():
      ("prompt", ["a", "b"])],
 )  # fmt: skip
 def test_what_is_not_continued(option, value):
-    stream = Stream({"prompt": "x", "stream": True, option: value}, False)
+    stream = Stream({"prompt": "x", "stream": True, "max_tokens": 5, option: value}, False)
     stream.prompt = [1]
     assert stream.not_continued and not stream.can_continue
     assert stream.request() == stream.body  # it is not touched
@@ -270,8 +436,9 @@ def agent():
     """Makes the agent of a node without Ray around it."""
     agents = []
 
-    def make(checkpoint, server=str(FAKE_ENGINE)) -> serve_fleet.Agent:
-        agents.append(serve_fleet.Agent(Settings({"m": str(checkpoint)}, server=server), "n", "127.0.0.1", 1))
+    def make(checkpoint, server=str(FAKE_ENGINE), options=()) -> serve_fleet.Agent:
+        settings = Settings({"m": str(checkpoint)}, server=server, options=options, standby=False)
+        agents.append(serve_fleet.Agent(settings, "n", "127.0.0.1", 1))
         return agents[-1]
 
     yield make
@@ -291,6 +458,36 @@ def test_a_node_without_what_it_needs(agent, split_tiny, tmp_path, monkeypatch):
     assert agent(split_tiny, server="none.py").models["m"].problem == "none.py is not there"
     monkeypatch.setattr(serve_fleet.importlib.util, "find_spec", lambda name: None)
     assert agent(split_tiny, server=str(ROOT / "progressive_serve.py")).models["m"].problem == "vLLM is not installed"
+
+
+def test_tokens_of_a_chat_that_does_not_say_how_many(agent, split_tiny, tmp_path):
+    checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "limited"))
+    (checkpoint / "generation_config.json").write_text('{"max_new_tokens": 48}')
+    assert agent(checkpoint).models["m"].max_tokens == 48
+    assert agent(checkpoint, options=("--generation-config", "vllm")).models["m"].max_tokens is None
+    (checkpoint / "generation_config.json").unlink()
+    assert agent(checkpoint).models["m"].max_tokens is None
+
+
+def test_an_engine_that_is_not_needed_ends_after_those_whom_it_answers(agent, split_tiny):
+    agent = agent(split_tiny)
+
+    async def scenario() -> None:
+        await agent.ensure("m", 1)
+        (engine,) = agent.running
+        assert await agent.started(engine) is None
+        ends = asyncio.create_task(agent.stop(engine))
+        for _ in range(5):  # a request has come to it before the ingress knew
+            await asyncio.sleep(0.2)
+            (said,) = (await agent.state({"m": 1}, {engine: 1}))["engines"]
+            assert said["ending"] and agent.usable("m") == []
+        assert not ends.done() and agent.running[engine].popen.poll() is None
+        await agent.state({}, {})
+        await asyncio.wait_for(ends, 30)
+        for task in agent.watching:
+            task.cancel()
+
+    asyncio.run(scenario())
 
 
 def run_fleet(*arguments, **env):
@@ -348,7 +545,7 @@ class Fleet:
 
     def __init__(self, cluster, log: Path, *arguments):
         self.cluster, self.log, self.port = cluster, log, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url, self.headers = f"http://127.0.0.1:{self.port}", {}
         command = [sys.executable, FLEET, "--address", cluster.address, "--port", self.port, "--num-cpus", 1]
         command += ["--room", 8, "--idle", 600, *arguments]
         with open(log, "w") as output:
@@ -397,7 +594,7 @@ class Fleet:
 
     def ask(self, prompt: str = "one two", count: int = 4, **options) -> requests.Response:
         body = {"model": "m", "prompt": prompt, "max_tokens": count, **options}
-        return requests.post(f"{self.url}/v1/completions", json=body, timeout=180)
+        return requests.post(f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=180)
 
     def stream(
         self, prompt: str, count: int, began: threading.Event | None = None, chat: bool = False, **options
@@ -406,7 +603,7 @@ class Fleet:
         body = {"model": "m", "max_tokens": count, "stream": True, **options}
         body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         events, path = [], "/v1/chat/completions" if chat else "/v1/completions"
-        with requests.post(self.url + path, json=body, stream=True, timeout=180) as response:
+        with requests.post(self.url + path, json=body, headers=self.headers, stream=True, timeout=180) as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
@@ -550,6 +747,18 @@ def test_streams_go_on_when_their_engine_is_killed(fleet):
     assert fleet.state()["counts"]["lost"] >= 1
 
 
+@pytest.mark.parametrize("options", [{}, {"seed": 1}], ids=str)  # of the second nothing could be continued later
+def test_a_stream_begins_anew_when_its_engine_is_killed_before_the_first_token(fleet, options):
+    fleet = fleet(first_token_seconds=2.0)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(fleet.stream, "early", 4, **options)
+        fleet.wait(lambda: any(engine["stage"] for engine in fleet.engines()), "an engine listens")
+        time.sleep(0.5)
+        engine_process(fleet.engines()[0]).kill()
+        text, _ = stream.result()
+    assert text == undisturbed("early", 4) and fleet.state()["counts"]["lost"] == 1
+
+
 def replica_of(engine: dict) -> psutil.Process:
     name = f"ServeReplica:fleet-m-{engine['node']}"
     (found,) = [process for process in psutil.process_iter() if name in command_of(process)]
@@ -616,9 +825,22 @@ def test_streams_go_on_when_their_node_stands_still(fleet):
 
 
 def test_streams_move_from_a_node_that_is_drained(fleet):
-    fleet = fleet()
-
+    fleet = fleet("--api-key", "secret")
+    fleet.headers["Authorization"] = "Bearer secret"
     stream_and(fleet, lambda: fleet.drain(fleet.engines()[0]["node"]), count=1200)
+    counts = fleet.state()["counts"]
+    assert counts["moved"] == 4 and counts.get("lost", 0) == 0
+
+
+def test_streams_move_once_there_is_another_node(fleet):
+    fleet = fleet(nodes_of=(1,))
+
+    def replace():
+        fleet.drain(fleet.engines()[0]["node"])
+        time.sleep(3.0)
+        fleet.add_node()
+
+    stream_and(fleet, replace, count=2000)
     counts = fleet.state()["counts"]
     assert counts["moved"] == 4 and counts.get("lost", 0) == 0
 
