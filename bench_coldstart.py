@@ -123,6 +123,7 @@ from tqdm import tqdm
 HAS_GPU = shutil.which("nvidia-smi") is not None
 BEFORE, EAGER = "before", "eager"
 STANDBY, MENDED = "standby", "baseline-mended"
+OPTIMIZE_LATER = "--optimize-later"  # an option that stock vLLM does not know
 PROGRESSIVE = ("progressive", "no-adapters", EAGER, BEFORE, STANDBY, "warm")  # of our server; others are stock
 HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
@@ -171,14 +172,14 @@ GAP_WINDOW = 1.0  # seconds after a transition within which a gap is counted as 
 IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS = "imports", "framework bootstrap", "tokenizer", "weights"
 COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN = "compilation", "KV-cache profiling", "graph capture", "first token"
 STEPS = (IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS, COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN)
-# The first line of the log that matches -> the step that begins there. vLLM 0.32, CPU and GPU.
+# The first line of the log that matches -> the step that begins there. vLLM 0.26 and 0.32, CPU and GPU.
 STEP_LINES = (
     (r"Loading \w+ for tokenizer_mode=", TOKENIZER),
     (r"Loading \w+ for renderer_mode=", FRAMEWORK),
-    (r"Starting to load model|Initializing model took", WEIGHTS),
+    (r"Starting to load model|Loading model from scratch|Initializing model took", WEIGHTS),
     (r"Loading weights took", WEIGHTS),  # read; what follows is packing
     (r"Model loading took|Using \w+ KV cache layout", KV_CACHE),
-    (r"Starting torch\.compile|Warming up model for the compilation", COMPILATION),
+    (r"Starting torch\.compile|Dynamo bytecode transform time|Warming up model for the compilation", COMPILATION),
     (r"torch\.compile took|saved AOT compiled function|Initial profiling/warmup run", KV_CACHE),
     (r"[CG]PU KV cache size", KV_CACHE),
     (r"Capturing CUDA graphs", GRAPHS),
@@ -339,7 +340,9 @@ def machine() -> dict[str, str | int | list[str]]:
 
 
 def commit() -> str:
-    """Git commit of this script, with "+changes" when the tree differs from it; "unknown" outside a repository."""
+    """Git commit of this script, with "+changes" when the tree differs from it; "unknown" where nobody can tell."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
@@ -417,6 +420,7 @@ def fill_cache(files: Iterable[Path]) -> None:
 def library_files() -> list[Path]:
     """What Python imports, loads and looks up. The list is made once per run."""
     folders = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders.add(Path(importlib.util.find_spec("vllm").origin).parents[1])  # which may lie elsewhere (PYTHONPATH)
     files = {
         path
         for folder in folders
@@ -724,7 +728,9 @@ def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
         start = [*launcher, "--model", str(checkpoint)]
         if kind in LOADERS:
             start += ["--load-format", kind]
-    return [sys.executable, *start, "--port", str(port), *args.server_args, *(["--enforce-eager"] * (kind == EAGER))]
+    ours = is_progressive(mode) and kind != EAGER
+    options = [option for option in args.server_args if ours or option != OPTIMIZE_LATER]
+    return [sys.executable, *start, "--port", str(port), *options, *(["--enforce-eager"] * (kind == EAGER))]
 
 
 def kind_of(mode: str) -> str:
@@ -1770,7 +1776,12 @@ def parse_args() -> argparse.Namespace:
     gaps = "keep N streams of tokens (default: 1) running through the transitions, and report the gaps in them"
     add("--watch-gaps", type=positive_int, nargs="?", const=1, default=0, metavar="N", help=gaps)
     add = parser.add_argument_group("servers").add_argument
-    add("--server-args", default=SERVER_ARGS, metavar="ARGS", help=f'for every mode (default: "{SERVER_ARGS}")')
+    add(
+        "--server-args",
+        default=SERVER_ARGS,
+        metavar="ARGS",
+        help=f'of every server, but {OPTIMIZE_LATER} of ours alone (default: "{SERVER_ARGS}")',
+    )
     cache = "what vLLM has compiled: nothing, or what a start before has left; for --server-args that let it compile"
     add("--compile-cache", choices=("cold", "warm"), help=cache)
     add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
@@ -1857,7 +1868,7 @@ def main() -> int:
         shutil.rmtree(logs)
         return 2
     except (RuntimeError, requests.RequestException) as error:
-        log_path = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        log_path = max(logs.glob("*.log"), key=lambda path: path.stat().st_mtime, default=Path(os.devnull))
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-15:])
         print(f"{tail}\nbench_coldstart.py: error: {error}; its log: {log_path}", file=sys.stderr)
         return 1

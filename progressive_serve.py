@@ -96,6 +96,7 @@ import types
 import urllib.parse
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -134,7 +135,8 @@ STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to ser
 URI_SCHEMES = ("s3://", "gs://")
 IMPORTED_FOR_NOTHING = (  # where they are installed
     "ray",  # half a second; by vLLM, for an executor of no use here
-    "sklearn",  # by transformers, for a way of generating of no use here; with pandas and a thread of Arrow's allocator
+    "sklearn",  # by transformers, for a way of generating of no use here
+    "pandas",  # by sklearn, and by vLLM 0.26; with a thread of Arrow's allocator, and a standby may have none
 )
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
 ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
@@ -2531,9 +2533,9 @@ import vllm
 from safetensors import safe_open
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from transformers import AutoTokenizer
-from vllm import envs
+from vllm import envs, ir
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.linear import LinearBase
@@ -3638,8 +3640,9 @@ class LaterCompilation:
         eager["custom_ops"] = ["all" if name == "none" else name for name in compilation.custom_ops]
 
         def dispatch_eager(operator: CustomOp, compile_native: bool) -> Callable:
-            with patch.multiple(compilation, **eager):
+            with patch.multiple(compilation, **eager), uncounted(compilation):
                 method = dispatch(operator, compile_native)
+            dispatch(operator, compile_native)  # counted as in a stock server
             self.operators.append((operator, compile_native, method))
             return method
 
@@ -3653,13 +3656,32 @@ class LaterCompilation:
             yield
         for module, _ in self.modules:
             module.do_not_compile = True
+        self.use_eager_norms()
+
+    def use_eager_norms(self) -> None:
+        """RMSNorm is none of the custom operators: vLLM chooses its kernel for a worker, by what is to be compiled.
+
+        vLLM 0.32: v1/worker/worker_base.py:98, config/vllm.py:1759 (0.26: 93, 1245).
+        """
+        eager = copy.copy(self.vllm_config)
+        eager.compilation_config = copy.copy(eager.compilation_config)
+        eager.compilation_config.mode = CompilationMode.NONE
+        chosen = self.vllm_config.kernel_config.ir_op_priority
+        if chosen == current_platform.get_default_ir_op_priority(self.vllm_config):  # else somebody has said so
+            current_platform.get_default_ir_op_priority(eager).set_default()
+        ir.set_default_torch_wrap(False)
+
+    def use_stock_norms(self) -> None:
+        self.vllm_config.kernel_config.ir_op_priority.set_default()
+        ir.set_default_torch_wrap(self.vllm_config.compilation_config.ir_enable_torch_wrap)
 
     def config(self) -> bytes:
         """vLLM's configuration for the compiler process, pickled, without the layers that vLLM has entered there."""
         config = copy.copy(self.vllm_config)
         config.compilation_config = copy.copy(config.compilation_config)
         config.compilation_config.static_forward_context = {}
-        return pickle.dumps(config)
+        with uncounted(config.compilation_config):  # it counts for itself
+            return pickle.dumps(config)
 
     def artifacts(self) -> list[Path]:
         """Where vLLM keeps what it has compiled of each module: see support_torch_compile, __call__ (vLLM 0.32)."""
@@ -3680,8 +3702,9 @@ class LaterCompilation:
         Raises what keeps it from that; then the model is as it was.
         """
         finish_loading_artifacts()
+        self.use_stock_norms()
         try:
-            with set_current_vllm_config(self.vllm_config):
+            with set_current_vllm_config(self.vllm_config), uncounted(self.vllm_config.compilation_config):
                 for operator, compile_native, _ in self.operators:
                     operator._forward_method = operator.dispatch_forward(compile_native=compile_native)
                 for module, options in self.modules:
@@ -3698,6 +3721,15 @@ class LaterCompilation:
             operator._forward_method = method
         for module, _ in self.modules:
             module.do_not_compile = True
+        self.use_eager_norms()
+
+
+def uncounted(compilation: CompilationConfig):
+    """While operators are dispatched another time: by how many of them are custom vLLM 0.26 finds a graph in its cache.
+
+    vLLM 0.26: config/compilation.py:818, model_executor/custom_op.py:187; 0.32 leaves them out.
+    """
+    return patch.multiple(compilation, enabled_custom_ops=Counter(), disabled_custom_ops=Counter())
 
 
 def try_compiled(runner) -> None:

@@ -284,6 +284,14 @@ def test_eager_is_said_last():
     assert commands["eager"] == [*commands["progressive"], "--enforce-eager"]
 
 
+def test_what_only_our_server_knows_is_said_to_no_other():
+    args = SimpleNamespace(checkpoint=Path("CKPT"), baseline_checkpoint=None, named_checkpoints={}, stretch=None)
+    args.server_args = ["--no-enforce-eager", "--optimize-later"]
+    commands = {mode: bench_coldstart.server_command(mode, 1, args) for mode in ("progressive", "eager", "baseline")}
+    assert [mode for mode, command in commands.items() if "--optimize-later" in command] == ["progressive"]
+    assert all("--no-enforce-eager" in command for command in commands.values())
+
+
 def test_mended_stock_can_load_what_it_has_compiled(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(bench_coldstart.MEND)
     look = "from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as artifact\n"
