@@ -1036,7 +1036,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
     usage = {"stream_options": {"include_usage": True}}
     kinds = [{"chat": True}, {"stop": ["not in this text"]}, {"logprobs": 1}, usage]
-    number = 900
+    number = 1800  # tokens: the command that drains takes seconds
 
     def ask_all(began=None):
         with ThreadPoolExecutor(len(kinds)) as pool:
