@@ -749,11 +749,11 @@ def test_streams_go_on_when_their_engine_is_killed(fleet):
 
 @pytest.mark.parametrize("options", [{}, {"seed": 1}], ids=str)  # of the second nothing could be continued later
 def test_a_stream_begins_anew_when_its_engine_is_killed_before_the_first_token(fleet, options):
-    fleet = fleet(first_token_seconds=2.0)
+    fleet = fleet(first_token_seconds=5.0)
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(fleet.stream, "early", 4, **options)
         fleet.wait(lambda: any(engine["stage"] for engine in fleet.engines()), "an engine listens")
-        time.sleep(0.5)
+        time.sleep(1.0)
         engine_process(fleet.engines()[0]).kill()
         text, _ = stream.result()
     assert text == undisturbed("early", 4) and fleet.state()["counts"]["lost"] == 1
@@ -840,7 +840,7 @@ def test_streams_move_once_there_is_another_node(fleet):
         time.sleep(3.0)
         fleet.add_node()
 
-    stream_and(fleet, replace, count=2000)
+    stream_and(fleet, replace, count=3000)
     counts = fleet.state()["counts"]
     assert counts["moved"] == 4 and counts.get("lost", 0) == 0
 
