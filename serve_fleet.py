@@ -290,9 +290,7 @@ class Engine:
 
     def seconds_until(self, stage: int, start: float) -> float:
         """`start`: what a start takes, for one of which no more is known than its age."""
-        if self.stage == 0:
-            return max(0.0, start - self.age)
-        return 0.0 if stage <= self.stage else self.seconds.get(stage, math.inf)
+        return 0.0 if stage <= self.stage else self.seconds.get(stage, max(0.0, start - self.age))
 
 
 @dataclass
@@ -1149,7 +1147,7 @@ class Nodes:
         where = now.models[model]
         for engine in now.engines:
             if engine.id == place["engine"]:
-                engine.stage = engine.stage or where.min_stage
+                engine.age, engine.stage = place["age"], engine.stage or where.min_stage
                 return
         known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
         now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))

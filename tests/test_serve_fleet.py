@@ -135,7 +135,8 @@ def test_an_engine_is_used_as_soon_as_it_is_said_to_listen():
     starting.engines = [Engine("e", "m", "http://e", 1)]
     nodes = SimpleNamespace(known={"n": starting})
     serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://e", "engine": "e", "age": 1.0})
-    assert [engine.stage for engine in starting.engines] == [1]
+    assert [(engine.stage, engine.age) for engine in starting.engines] == [(1, 1.0)]
+    assert chosen([starting, node("cached", cached=1.0, listening=0.5)]) == "n"  # though of stage 3 nothing is known
     serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://f", "engine": "f", "age": 1.0})
     assert [engine.id for engine in starting.engines] == ["e", "f"]
 
