@@ -290,7 +290,10 @@ class Engine:
 
     def seconds_until(self, stage: int, start: float) -> float:
         """`start`: what a start takes, for one of which no more is known than its age."""
-        return 0.0 if stage <= self.stage else self.seconds.get(stage, max(0.0, start - self.age))
+        if stage <= self.stage:
+            return 0.0
+        begun = max(0.0, start - self.age)
+        return self.seconds.get(stage, begun) if self.stage else begun  # before stage 1 no rate is known
 
 
 @dataclass
@@ -428,7 +431,8 @@ def why_not_continued(body: dict) -> str | None:
 
 def shows_tokens(body: dict) -> bool:
     """Whether the client sees where tokens begin; logprobs of 0 are some too."""
-    return bool(body.get("return_token_ids")) or not any(body.get("logprobs") is none for none in (None, False))
+    logprobs = body.get("logprobs")
+    return bool(body.get("return_token_ids")) or (logprobs is not None and logprobs is not False)
 
 
 def count_of_choices(body: dict) -> int:

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from aiohttp import web
 
-DEFAULTS = {"start": 0.3, "stage_seconds": [0.0, 0.5, 1.0], "token_seconds": 0.02, "first_token_seconds": 0.0}
+DEFAULTS = {
+    "start": 0.3,
+    "stage_seconds": [0.0, 0.5, 1.0],
+    "token_seconds": 0.02,
+    "first_token_seconds": 0.0,
+    "detokenize": True,
+}
 VOCABULARY = 50000
 
 
@@ -107,6 +113,8 @@ class FakeEngine:
         return response
 
     async def detokenize(self, request: web.Request) -> web.Response:
+        if not self.settings["detokenize"]:
+            return web.json_response({"error": {"message": "it fails", "code": 500}}, status=500)
         return web.json_response({"prompt": "".join(map(text_of, (await request.json())["tokens"]))})
 
     async def run(self) -> None:

@@ -130,6 +130,13 @@ def test_an_engine_that_ends_gets_no_new_requests():
     assert places.place(ends, "m")["engine"] == "f" and chosen([ends, node("free")], asked=asked) == "ends"
 
 
+def test_when_an_engine_reaches_a_stage():
+    starting = Engine("e", "m", "http://e", 1, age=2.0, seconds={1: 1e9})  # before stage 1 has come no rate is known
+    assert starting.seconds_until(1, 8.0) == 6.0
+    serves = Engine("e", "m", "http://e", 1, age=2.0, stage=1, seconds={2: 3.0})
+    assert [serves.seconds_until(stage, 8.0) for stage in (1, 2, 3)] == [0.0, 3.0, 6.0]
+
+
 def test_an_engine_is_used_as_soon_as_it_is_said_to_listen():
     starting = node("n")
     starting.engines = [Engine("e", "m", "http://e", 1)]
@@ -758,6 +765,17 @@ def test_a_stream_begins_anew_when_its_engine_is_killed_before_the_first_token(f
         engine_process(fleet.engines()[0]).kill()
         text, _ = stream.result()
     assert text == undisturbed("early", 4) and fleet.state()["counts"]["lost"] == 1
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_in_it(fleet):
+    fleet = fleet(detokenize=False)
+    began = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(fleet.stream, "error", 200, began)
+        assert began.wait(60)
+        engine_process(fleet.engines()[0]).kill()
+        _, events = stream.result()  # and nothing that is no event
+    assert "3 engines of m were lost with this answer" in events[-1]["error"]["message"]
 
 
 def replica_of(engine: dict) -> psutil.Process:
