@@ -114,7 +114,9 @@ def machine() -> dict[str, str | int | list[str]]:
 
 
 def commit() -> str:
-    """Git commit of this script, with "+changes" when the tree differs from it; "unknown" outside a repository."""
+    """Git commit of this script, with "+changes" when the tree differs from it; "unknown" where nobody can tell."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:

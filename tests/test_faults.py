@@ -93,6 +93,7 @@ def test_process_of_vllm_that_is_killed(name, split_tiny, tmp_path):
     """Requests in flight, and those that wait for a stage, get an error at once; and the server ends."""
     server = Server(split_tiny, tmp_path / "log", *slowly(split_tiny, 30))
     try:
+        reader = server.hold_reader()
         server.wait_for(server.answers)
         processes = family(server)
         with ThreadPoolExecutor(2) as pool:
@@ -100,6 +101,7 @@ def test_process_of_vllm_that_is_killed(name, split_tiny, tmp_path):
             waiting = pool.submit(server.post, "Hello", min_stage=3)
             server.wait_for(lambda: metric(server, "vllm:num_requests_running") == 1)
             server.wait_for(lambda: metric(server, "progressive_waiting_requests") == 1)
+            reader.resume()
             next(process for process in processes if process.name().startswith(name)).kill()
             began = time.monotonic()
             for asked in (running, waiting):
