@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import csv
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -51,10 +52,6 @@ from train_adapters import provenance
 TRACE = ROOT.parent / "shared" / "data" / "azure-llm-trace" / "code-2023.csv"
 DEMO = ROOT / "demo" / "checkpoint"
 STREAMS = 8
-# From spawn to first token, seconds, of SmolLM2-135M on 2 cores: ours from a standby (start-smollm2.json), stock vLLM's
-# where its compile cache is warm and can be loaded (baseline-mended of later-smollm2-warm.json), and as under
-# --enforce-eager, for which what ours takes without a standby stands in (start-smollm2.json).
-STARTS = {"fleet": 1.6, "serve, stock": 33.1, "serve, eager": 7.4}
 NODES, SLOTS, ROOM, IDLE = 2, 2, 4, 30
 TOKEN_SECONDS = 0.05
 MIN_STAGE_SHARE, STAGE_SECONDS = 0.1, [0.0, 1.0, 3.0]  # of the requests, which ask for the last stage
@@ -510,8 +507,25 @@ def run_real() -> dict:
         return measure_real(fleet)
 
 
+def measured_start(file: str, mode: str) -> float:
+    """Seconds from spawn to first token, median, as a result of bench_coldstart.py has it."""
+    summary = json.loads((ROOT / "results" / file).read_text())["summary"]
+    return next(row["ttft"] for row in summary if row["mode"] == mode)
+
+
+@functools.cache
+def starts() -> dict[str, float]:
+    """How long the engines of each system start: SmolLM2-135M on 2 cores, ours from a standby; stock vLLM where its
+    compile cache is warm and can be loaded; and without compilation, for which ours without a standby stands in."""
+    return {
+        "fleet": measured_start("start-smollm2.json", "standby"),
+        "serve, stock": measured_start("later-smollm2-warm.json", "baseline-mended"),
+        "serve, eager": measured_start("start-smollm2.json", "progressive"),
+    }
+
+
 def run_burst() -> dict:
-    engine = {"start": STARTS["fleet"], "stage_seconds": [0.0, 3.0, 6.0], "token_seconds": TOKEN_SECONDS}
+    engine = {"start": starts()["fleet"], "stage_seconds": [0.0, 3.0, 6.0], "token_seconds": TOKEN_SECONDS}
     with nodes(NODES, SLOTS, **engine) as cluster:
         with fleet_of(cluster, *WITHOUT_MODEL, "--room", ROOM, "--idle", 8) as fleet:
             return measure_burst(fleet)
@@ -521,7 +535,7 @@ def run_trace(minutes: float) -> dict:
     seconds = 60 * minutes
     found = {}
     traces = {"azure": azure_arrivals(seconds, 10.0), "gamma": gamma_arrivals(0.2 * seconds, 2.0)}
-    for (name, arrivals), (system, start) in itertools.product(traces.items(), STARTS.items()):
+    for (name, arrivals), (system, start) in itertools.product(traces.items(), starts().items()):
         found.setdefault(name, {})
         if name != "azure" or system == "fleet":
             engine = {"start": start, "stage_seconds": STAGE_SECONDS, "token_seconds": TOKEN_SECONDS}
@@ -559,6 +573,7 @@ def main() -> int:
     }  # fmt: skip
     result = provenance(args)
     result["versions"]["ray"] = importlib.metadata.version("ray")
+    result["starts"] = starts()
     for part in args.parts.split(","):
         result[part] = run[part]()
         print(part, json.dumps({key: value for key, value in result[part].items() if key != "rows"}, indent=1))
