@@ -23,7 +23,6 @@ import asyncio
 import contextlib
 import csv
 import datetime
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -513,7 +512,6 @@ def measured_start(file: str, mode: str) -> float:
     return next(row["ttft"] for row in summary if row["mode"] == mode)
 
 
-@functools.cache
 def starts() -> dict[str, float]:
     """How long the engines of each system start: SmolLM2-135M on 2 cores, ours from a standby; stock vLLM where its
     compile cache is warm and can be loaded; and without compilation, for which ours without a standby stands in."""
