@@ -525,7 +525,7 @@ def test_every_kind_of_request_crosses_both_transitions(options, demo_checkpoint
         body |= {"ignore_eos": kind != "structured", **extra}
         started.wait(60)
         if kind == "comes late":
-            server.wait_for(lambda: server.progress()["stage"] == 2)
+            server.wait_for(lambda: server.progress()["stage"] >= 2)  # stage 2 may be passed over
         streams = body.get("stream", False)
         response = requests.post(f"{server.url}/v1/completions", json=body, timeout=180, stream=streams)
         assert response.status_code == 200, response.text

@@ -1014,6 +1014,9 @@ def test_nothing_is_left_of_a_fleet_on_one_machine(number, on_one_machine, short
 
 def test_a_fleet_ends_with_ray(on_one_machine):
     fleet, log, ours = on_one_machine
+    end = time.monotonic() + 60
+    while "listening at" not in log.read_text() and time.monotonic() < end:
+        time.sleep(0.02)  # until then it waits in a call of Ray's, which alone would end it, after a minute
     for process in ours():
         if "gcs_server" in command_of(process):
             process.kill()
