@@ -284,6 +284,7 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
 
 def main() -> int:
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that our servers are ended as well
     model, layers, found = ROOT / "demo" / "model", ROOT / "demo" / "checkpoint", {"soak": provenance(args)}
     if not (layers / "progressive.json").is_file():
         print("error: demo/checkpoint is not there: make demo/checkpoint/progressive.json", file=sys.stderr)

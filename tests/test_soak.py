@@ -1,14 +1,37 @@
-"""The short form of `make soak`."""
+"""The short form of `make soak`, and its end before its time."""
 
 import json
+import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 from conftest import ROOT, run_script
+from test_standby import wait_for
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "demo" / "checkpoint" / "progressive.json").is_file(),
+    reason="demo/checkpoint is not there: make demo/checkpoint/progressive.json",
+)
+
+
+def test_nothing_is_left_of_a_soak_that_is_ended(tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--json", str(tmp_path / "soak.json")]
+    with open(tmp_path / "log", "w") as log:
+        soak = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        wait_for(lambda: any(path.read_text() for path in tmp_path.glob("soak-*/stock.log")))
+        started = psutil.Process(soak.pid).children(recursive=True)
+        soak.terminate()
+        assert soak.wait(60) != 0
+        assert psutil.wait_procs(started, timeout=30)[1] == []
+        assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    finally:
+        soak.kill()
 
 
 def test_short_soak(tmp_path):
-    if not (ROOT / "demo" / "checkpoint" / "progressive.json").is_file():
-        pytest.skip("demo/checkpoint is not there: make demo/checkpoint/progressive.json")
     out = tmp_path / "soak.json"
     options = ["--starts", "2", "--streams", "16", "--transitions", "30", "--kills", "3", "--json", out]
     done = run_script(ROOT / "tests" / "soak.py", *options, timeout=600)
