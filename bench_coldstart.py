@@ -1856,10 +1856,17 @@ def run(args: argparse.Namespace, logs: Path) -> None:
         print(*(f"plot: {path}" for path in draw_plots(result, args.json)), sep="\n")
 
 
+def end_once(number: int, _) -> None:
+    """A killed benchmark stops its server as well, and another signal does not keep it from that."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     args = parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that a killed benchmark stops its server as well
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_once)
     logs = Path(tempfile.mkdtemp(prefix="bench-coldstart-"))
     try:
         run(args, logs)
