@@ -1,5 +1,6 @@
 """The short form of `make soak`, and its end before its time."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ def test_nothing_is_left_of_a_soak_that_is_ended(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--json", str(tmp_path / "soak.json")]
     with open(tmp_path / "log", "w") as log:
         soak = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(tmp_path)})
+    started = []
     try:
         wait_for(lambda: any(path.read_text() for path in tmp_path.glob("soak-*/stock.log")))
         started = psutil.Process(soak.pid).children(recursive=True)
@@ -28,7 +30,9 @@ def test_nothing_is_left_of_a_soak_that_is_ended(tmp_path):
         assert psutil.wait_procs(started, timeout=30)[1] == []
         assert [path.name for path in tmp_path.iterdir()] == ["log"]
     finally:
-        soak.kill()
+        for process in [soak, *started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_short_soak(tmp_path):
