@@ -282,9 +282,17 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
 # ---- all of it -------------------------------------------------------------------------------------
 
 
+def end_once(number: int, _) -> None:
+    """A killed soak ends its servers as well, and another signal does not keep it from that."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that our servers are ended as well
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_once)
     model, layers, found = ROOT / "demo" / "model", ROOT / "demo" / "checkpoint", {"soak": provenance(args)}
     if not (layers / "progressive.json").is_file():
         print("error: demo/checkpoint is not there: make demo/checkpoint/progressive.json", file=sys.stderr)

