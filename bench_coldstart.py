@@ -161,6 +161,7 @@ PROGRESS_SECONDS = 0.1  # between two looks at /progress, which cost the server 
 DROP_ATTEMPTS, DROP_PAUSE = 20, 0.25  # seconds between them
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
 STOP_TIMEOUT = 30.0
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STORAGE_SAMPLES = 3  # before the first trial, and after the last
 DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
 DECODE_BYTES = 1 << 29  # of weights, at least, unless the model is smaller
@@ -433,6 +434,13 @@ def library_files() -> list[Path]:
 # ---- the server: start it, listen to it, end it -----------------------------------------------------
 
 
+def end_with(parent: int) -> None:
+    """In a child, before it begins: it ends with the process that starts it, also one that ends while it forks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 class ServerProcess:
     """A server's process, in this process or (as a Ray actor) in another; its output goes to a named pipe."""
 
@@ -445,6 +453,7 @@ class ServerProcess:
             env = {**env, "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]}
         with open(pipe, "wb") as output:
             options = {"stdout": output, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+            options["preexec_fn"] = functools.partial(end_with, os.getpid())
             self.launched = time.perf_counter()
             self.process = subprocess.Popen(command, **options)
         self.pid = self.process.pid
@@ -577,7 +586,8 @@ def standby(args: argparse.Namespace):
         yield None
         return
     command = [sys.executable, str(SERVER), "--standby", str(args.work / "standby")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(args), text=True)
+    options = {"stderr": subprocess.PIPE, "env": environment(args), "text": True}
+    process = subprocess.Popen(command, preexec_fn=functools.partial(end_with, os.getpid()), **options)
     try:
         said = next((line for line in process.stderr if "waits for" in line), None)
         if said is None:

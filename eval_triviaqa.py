@@ -61,6 +61,7 @@ import ast
 import asyncio
 import contextlib
 import csv
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -113,6 +114,7 @@ START_TIMEOUT = 1800.0  # seconds, for a server on slow storage
 REQUEST_TIMEOUT = 600.0
 POLL_SECONDS = 0.05
 LOG_LINES = 15  # of a server that failed
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 STAGE_HEADER = "X-Progressive-Stage"
 
 
@@ -708,6 +710,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def end_with(parent: int) -> None:
+    """In a child, before it begins: it ends with the process that starts it, also one that ends while it forks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 @contextlib.asynccontextmanager
 async def serve(checkpoint: Path, setting: Setting, server_args: str) -> AsyncIterator[tuple[str, "OwnServer"]]:
     """progressive_serve.py, held at a stage. Yields its address; ends the whole process group afterwards."""
@@ -716,7 +725,8 @@ async def serve(checkpoint: Path, setting: Setting, server_args: str) -> AsyncIt
     command += ["--host", "127.0.0.1", *([] if setting.adapter else ["--no-adapters"]), *shlex.split(server_args)]
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        options = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        process = subprocess.Popen(command, preexec_fn=functools.partial(end_with, os.getpid()), **options)
         try:
             yield f"http://127.0.0.1:{port}", OwnServer(process, log, began)
         finally:

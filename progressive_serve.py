@@ -3305,6 +3305,7 @@ def release_port(port: int) -> None:
 def prepare_cpu_worker() -> None:
     """Before a worker makes its model."""
     adopt_omp_settings()
+    allow_amx()
     defer_kv_cache_zeroing()
     skip_eager_warm_up()
 
@@ -3360,6 +3361,16 @@ class LazyZeros(torch.overrides.TorchFunctionMode):
         if function is torch.zeros and len(args) == 1 and kwargs.get("dtype") is torch.int8:
             return torch.frombuffer(mmap.mmap(-1, args[0]), dtype=torch.int8)
         return function(*args, **kwargs)
+
+
+def allow_amx() -> None:
+    """Linux ends a process (SIGILL) that uses Intel's AMX without having asked for it, as vLLM's attention does (0.32).
+
+    vLLM counts on a product of matrices to have asked before, which one of a single row does not: without a warm-up a
+    server would end of a first prompt of one token.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def defer_kv_cache_zeroing() -> None:

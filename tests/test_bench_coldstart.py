@@ -179,19 +179,25 @@ def test_sweep(split_tiny, tmp_path):
     assert result["trials"][0]["answer"] == result["trials"][1]["answers"][-1]["answer"]
 
 
-def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(split_tiny, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(number, split_tiny, tmp_path):
+    """Also where the signal comes while the server is being forked."""
     out = tmp_path / "cold.json"
     options = ["--mode", "progressive", "--checkpoint", split_tiny, "--json", out]
-    bench = subprocess.Popen([sys.executable, str(BENCH), *map(str, options)], stderr=subprocess.DEVNULL)
+    bench = subprocess.Popen(
+        [sys.executable, str(BENCH), *map(str, options)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     try:
         while not out.exists() or not (servers := psutil.Process(bench.pid).children(recursive=True)):
             assert bench.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.005)
         end = time.monotonic() + 60
         while bench.poll() is None and time.monotonic() < end:
-            bench.terminate()  # as `timeout` and impatient users do: more than once
+            bench.send_signal(number)  # as `timeout` and impatient users do: more than once
             time.sleep(0.1)
-        assert bench.returncode == 143
+        assert bench.returncode == (143 if number == signal.SIGTERM else -number)
         assert psutil.wait_procs(servers, timeout=30)[1] == []
     finally:
         bench.kill()
