@@ -3285,6 +3285,18 @@ if __name__ == "__mp_main__":  # where vLLM spawns its processes this file is th
     die_with_parent()
 
 
+def track_shared_memory() -> None:
+    """Have vLLM's shared memory removed, whichever of its processes is killed.
+
+    Python's tracker of it does that when all of them have ended. It would be a child of the engine, which vLLM ends by
+    SIGKILL with its children; it is one of the server's where that has started it.
+    """
+    from multiprocessing import resource_tracker
+
+    with patch.object(sys, "warnoptions", [*sys.warnoptions, "ignore:resource_tracker"]):  # vLLM always leaves it some
+        resource_tracker.ensure_running()
+
+
 def release_port(port: int) -> None:
     """In a forked child: let go of the server's socket.
 
@@ -5305,6 +5317,7 @@ def main(early: EarlyStart) -> int:
     try:
         args = server_args(launch, early.args, early.vllm_argv)
         start_engine_first()
+        track_shared_memory()
         os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
         uvloop.run(serve(args))
@@ -5328,5 +5341,16 @@ def main(early: EarlyStart) -> int:
     return 2
 
 
+def end_at_once(status: int) -> None:
+    """As at the end of any Python program, but for the deletion of every object, which takes seconds of a core here."""
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(run_compiler(COMPILE_JOB) if COMPILE_JOB else main(EARLY or serve_callers(STANDBY)))
+    if COMPILE_JOB:
+        sys.exit(run_compiler(COMPILE_JOB))
+    end_at_once(main(EARLY or serve_callers(STANDBY)))

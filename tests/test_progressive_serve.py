@@ -682,16 +682,25 @@ def test_any_signal_while_it_grows_ends_everything(moment, number, split_tiny, t
 
 
 def check_nothing_survives(server: Server, number: int, temporary: Path) -> None:
-    """It ends of a signal within ten seconds, and neither processes nor folders nor its port are left."""
+    """It ends of a signal within ten seconds; neither processes nor folders, shared memory nor its port are left."""
     processes = psutil.Process(server.process.pid).children(recursive=True)
+    shared = {path for process in processes for path in shared_memory(process)}
     server.process.send_signal(number)
     assert server.process.wait(10) in (0, -number, 128 + number)
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
     assert [path.name for path in temporary.glob("progressive-serve-*")] == []
+    assert [path for path in shared if path.exists()] == []
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are not listeners
         probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+
+
+def shared_memory(process: psutil.Process) -> set[Path]:
+    """What vLLM exchanges its messages by."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {Path(region.path) for region in process.memory_maps() if region.path.startswith("/dev/shm/psm_")}
+    return set()
 
 
 @pytest.mark.parametrize(
