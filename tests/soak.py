@@ -32,7 +32,7 @@ from pathlib import Path
 import psutil
 import requests
 from conftest import ROOT, SPLIT, free_port, run_script
-from test_progressive_serve import journal_of
+from test_progressive_serve import journal_of, shared_memory
 from test_standby import Server, Standby, wait_for
 from tqdm import tqdm
 
@@ -264,15 +264,18 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
         row["answered"] = not row["ended_before"] and server.is_up() and len(complete(server.url, ["Hello"], 4)[0]) == 4
         parents = [psutil.Process(server.process.pid)] + ([psutil.Process(standby.process.pid)] if standby else [])
         processes = [child for parent in parents for child in parent.children(recursive=True)]
+        shared = {path for process in processes for path in shared_memory(process)}
         server.process.send_signal(number)
         row["exit_status"] = server.process.wait(30)
         _, alive = psutil.wait_procs(processes, timeout=15)
         row["processes_left"] = [process.name() for process in alive]
         row["folders_left"] = [path.name for path in folder.glob("progressive-serve-*")]
+        row["shared_memory_left"] = [path.name for path in shared if path.exists()]
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             row["port_left"] = probe.connect_ex(("127.0.0.1", server.port)) == 0
-        row["clean"] = not (row["ended_before"] or alive or row["folders_left"] or row["port_left"])
+        left = [*alive, *row["folders_left"], *row["shared_memory_left"]]
+        row["clean"] = not (row["ended_before"] or left or row["port_left"])
         return row
     finally:
         server.kill()
