@@ -14,10 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import requests
 from blake3 import blake3
-from conftest import ROOT, run_script
+from conftest import ROOT, SERVER, run_script
 
 import eval_triviaqa
 from eval_triviaqa import make_question, normalize_answer, normalize_squad, score
@@ -524,6 +525,28 @@ def test_server_that_dies_half_way(tmp_path):
     done, result = evaluate(tmp_path, "--base-url", server.url, "--concurrency", "1", data=data)
     assert (done.returncode, result["summary"]["em"], result["summary"]["n"]) == (0, 100.0, 20)
     assert set(again.asked) == {f"{n}?" for n in range(7, 20)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_evaluation_takes_its_server_along(number, split_tiny, tmp_path):
+    def servers():
+        with contextlib.suppress(psutil.NoSuchProcess):  # another child, that has just ended
+            return [child for child in psutil.Process(evaluation.pid).children() if str(SERVER) in child.cmdline()]
+        return []
+
+    (tmp_path / "text.txt").write_text("The first line.\nThe second one.\n")
+    command = [sys.executable, EVAL, split_tiny, "--stages", "1", "--perplexity", tmp_path / "text.txt"]
+    command += ["--json", tmp_path / "result.json"]
+    evaluation = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (running := servers()):
+            assert evaluation.poll() is None
+            time.sleep(0.005)
+        evaluation.send_signal(number)
+        assert evaluation.wait(60) != 0
+        assert psutil.wait_procs(running, timeout=30)[1] == []
+    finally:
+        evaluation.kill()
 
 
 def test_adapter_that_is_replaced_while_the_server_starts(split_tiny, tmp_path, monkeypatch):
