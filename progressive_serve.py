@@ -3362,6 +3362,16 @@ def adopt_omp_settings() -> None:
     omp.GOMP_parallel(bind, None, len(cores), 0)  # calls it in each thread of the pool, which begins here
 
 
+def allow_amx() -> None:
+    """Linux ends a process (SIGILL) that uses Intel's AMX without having asked for it, as vLLM's attention does (0.32).
+
+    vLLM counts on a product of matrices to have asked before, which one of a single row does not: without a warm-up a
+    server would end of a first prompt of one token.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 class LazyZeros(torch.overrides.TorchFunctionMode):
     """torch.zeros for the KV cache of a CPU worker: pages that the kernel zeroes when they are first touched.
 
@@ -3373,16 +3383,6 @@ class LazyZeros(torch.overrides.TorchFunctionMode):
         if function is torch.zeros and len(args) == 1 and kwargs.get("dtype") is torch.int8:
             return torch.frombuffer(mmap.mmap(-1, args[0]), dtype=torch.int8)
         return function(*args, **kwargs)
-
-
-def allow_amx() -> None:
-    """Linux ends a process (SIGILL) that uses Intel's AMX without having asked for it, as vLLM's attention does (0.32).
-
-    vLLM counts on a product of matrices to have asked before, which one of a single row does not: without a warm-up a
-    server would end of a first prompt of one token.
-    """
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
 
 
 def defer_kv_cache_zeroing() -> None:
