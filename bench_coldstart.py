@@ -36,9 +36,10 @@ Modes, all through one client, with the same --server-args, on the same bytes:
 A mode reads --checkpoint, stock modes read --baseline-checkpoint where it is given, and MODE@CKPT reads CKPT: one run
 compares stock vLLM, stages of layers and stages of planes.
 
-Where --server-args let vLLM compile, --compile-cache says what it finds: `cold`, an empty cache at each start, checked;
-`warm`, a cache for each mode that a start before the first trial has filled. A server that compiles behind its
-tokens is followed until it has done so; --throughput is then measured meanwhile (`while_compiling`) and after it.
+Where vLLM compiles (on a GPU; elsewhere with --no-enforce-eager in --server-args), --compile-cache says what it finds:
+`cold`, an empty cache at each start, checked; `warm`, a cache for each mode that a start before the first trial has
+filled. A server that compiles behind its tokens is followed until it has done so; --throughput is then measured
+meanwhile (`while_compiling`) and after it.
 
 They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
 
@@ -162,7 +163,7 @@ DROP_ATTEMPTS, DROP_PAUSE = 20, 0.25  # seconds between them
 START_TIMEOUT = 1800.0  # seconds until the first token: a 7B model at 25 MB/s takes nine minutes
 STOP_TIMEOUT = 30.0
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-STORAGE_SAMPLES = 3  # before the first trial, and after the last
+STORAGE_SAMPLES, STORAGE_SECONDS = 3, 15.0  # before the first trial, and after the last; none begins later than that
 DD_BLOCK, DD_SECONDS = 8 << 20, 10  # bytes; and how long dd reads where the disk is slowed down
 DECODE_BYTES = 1 << 29  # of weights, at least, unless the model is smaller
 MEMORY_PAUSE, MEMORY_SHARE = 0.25, 0.02  # seconds between two samples; but never more than this share of a core
@@ -605,27 +606,30 @@ def environment(args: argparse.Namespace, mode: str = "") -> dict[str, str]:
     if kind_of(mode) == MENDED:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(args.work / "mend"), os.environ.get("PYTHONPATH")]))
     if mode and args.compile_cache:
-        env["VLLM_CACHE_ROOT"] = str(compile_cache(args, mode))
+        folder = compile_cache(args, mode)
+        env |= {"VLLM_CACHE_ROOT": str(folder)}
+        # Of kernels that vLLM's own code brings, on a GPU, eager or not.
+        env |= {"TRITON_CACHE_DIR": str(folder / "triton"), "CUDA_CACHE_PATH": str(folder / "cuda")}
     return env
 
 
 def compiles(args: argparse.Namespace, mode: str) -> bool:
-    """Whether its cache matters; a mode that compiles later is followed until it has."""
-    return bool(args.compile_cache) and kind_of(mode) != EAGER
+    """Whether it has a graph compiled, at its start or later; one that does so later is followed until it has."""
+    return bool(args.compile_cache) and kind_of(mode) != EAGER and "--enforce-eager" not in args.server_args
 
 
 def compile_cache(args: argparse.Namespace, mode: str) -> Path:
-    """Of what vLLM compiles in a mode."""
+    """Of what is compiled in a mode."""
     return args.work / f"cache-{mode}"
 
 
 def check_compile_cache(args: argparse.Namespace, mode: str) -> None:
     """Empty it, or look whether it holds something, as the run wants it. Raises RuntimeError."""
-    if not compiles(args, mode):
-        return
     folder = compile_cache(args, mode)
     if args.compile_cache == "cold":
         shutil.rmtree(folder, ignore_errors=True)
+    if not compiles(args, mode):
+        return
     holds = any(folder.glob("torch_compile_cache/torch_aot_compile/*/rank_*/model"))
     if holds != (args.compile_cache == "warm"):
         raise RuntimeError(f"the compile cache of {mode} is {'warm' if holds else 'cold'}, not {args.compile_cache}")
@@ -1075,7 +1079,8 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
                 row["answers"], progress = follow_stages(server, url, args.prompt, row_of_first, not args.stretch)
             if compiles(args, mode):
                 progress, row["while_compiling"] = follow_compilation(server, url, args)
-                row["compiled"] = seconds_of(progress["timeline"], "compiled")
+                if later := [entry["seconds"] for entry in progress["timeline"] if entry["event"] == "compiled"]:
+                    row["compiled"] = later[0]
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
         yield url, row
@@ -1186,7 +1191,10 @@ def host_to_device_mbps() -> float:
 
 def measure_storage(args: argparse.Namespace, mbps: float, procs: Path | None, result: dict) -> None:
     """Add samples of what dd reads; where the disk is as it is, side by side with what the loader reads."""
-    for _ in range(1 if mbps else STORAGE_SAMPLES):
+    begin = time.monotonic()
+    for number in range(1 if mbps else STORAGE_SAMPLES):
+        if number and time.monotonic() - begin > STORAGE_SECONDS:
+            break
         result["bandwidth"].setdefault(f"{mbps:g}", []).append(sequential_mbps(args, mbps, procs))
         if not mbps:
             result.setdefault("loader_alone", []).append(loader_alone_mbps(args))
@@ -1203,9 +1211,9 @@ def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     turns = schedule(args.modes, args.bandwidths, args.trials)
     undisturbed = argparse.Namespace(**{**vars(args), "throughput": []})
     for mode in args.modes if args.compile_cache == "warm" else ():
-        if compiles(args, mode):
+        if HAS_GPU or compiles(args, mode):
             with trial(mode, None, undisturbed, None, logs / f"{mode}.log"):
-                pass  # it has compiled, and left that in its cache
+                pass  # what it has compiled is in its cache
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
@@ -1792,7 +1800,7 @@ def parse_args() -> argparse.Namespace:
         metavar="ARGS",
         help=f'of every server, but {OPTIMIZE_LATER} of ours alone (default: "{SERVER_ARGS}")',
     )
-    cache = "what vLLM has compiled: nothing, or what a start before has left; for --server-args that let it compile"
+    cache = "what servers that compile find compiled: nothing (default), or what a start before has left"
     add("--compile-cache", choices=("cold", "warm"), help=cache)
     add("--prompt", metavar="TEXT", help="what is asked (default: a question that the demo model knows)")
     unverified = "go on where the kernel cannot say that the checkpoint is cold (gVisor); the result says so"
@@ -1815,7 +1823,9 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--trials {args.trials}: at least one (0 together with --predict)")
     if args.side_by_side and not args.throughput:
         parser.error("--side-by-side is for --throughput: name a load, for example 8x256")
-    if args.compile_cache and "--no-enforce-eager" not in args.server_args:
+    if HAS_GPU or "--no-enforce-eager" in args.server_args:
+        args.compile_cache = args.compile_cache or "cold"
+    elif args.compile_cache:
         parser.error(
             f"--compile-cache {args.compile_cache} needs servers that compile: --server-args=--no-enforce-eager"
         )

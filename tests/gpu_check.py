@@ -1,15 +1,13 @@
 #!/usr/bin/env python3
 """What a GPU machine is to show, in order of importance, in one command; and how vLLM gets there without a network.
 
-    python tests/gpu_check.py pack --have HAVE.txt --out .gpu    # here: wheels, in pieces small enough to carry
-    python tests/gpu_check.py receive .gpu/PIECE                 # there, one after the other; the last one installs
-    export PYTHONPATH=/tmp/gpu-site
-    python tests/gpu_check.py run --out OUT --seconds 540        # there: what fits that time
-    python tests/gpu_check.py run --out OUT --steps gaps,later   # there, in a later call
+    python tests/gpu_check.py run --out OUT                      # there: all of it; --steps NAMES, --seconds LIMIT
     python tests/gpu_check.py run --small --out /tmp/out         # here, on a CPU: the rehearsal
+    python tests/gpu_check.py pack --have HAVE.txt --out .gpu    # here, for a machine without a network: vLLM in two
+                                                                 # files, and the calls that carry them
 
-HAVE.txt names the packages that the machine has already. Weights are made there, random and of a known shape, never
-carried; of the tree only what git tracks, and demo/checkpoint and demo/model.
+HAVE.txt names the packages that the machine has already. Weights and the demo's model are made there, in the background
+while the second file is on its way; of the tree only what git tracks travels.
 
 Each step is some commands with a time limit. What it has found is written at once: OUT/STEP.json by the benchmark,
 OUT/STEP.log, and a line of OUT/summary.jsonl. A step that fails, or is stopped at its limit with all its processes,
@@ -18,8 +16,9 @@ keeps none of the next ones from running, unless these need what it makes.
 
 import argparse
 import contextlib
-import hashlib
+import importlib.util
 import json
+import lzma
 import os
 import platform
 import shlex
@@ -28,17 +27,49 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
-WHEELS = ROOT.parent / "shared" / "gpu" / "offline_wheels.py"
-ALSO = ("blake3==1.0.11", "zstandard==0.25.0")  # beside vLLM's own requirements
-TAR, SITE = Path("/tmp/gpu-wheels.tar"), Path("/tmp/gpu-site")
-CALL_BYTES = 64 << 20  # that travel with one call: what git tracks, and a piece
+SITE = Path("/tmp/gpu-site")
 STOP_SECONDS = 10.0  # that a step has to end, once its time is over
-ANSWERS = "final_state_equals_stock or server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3"
+WAIT_SECONDS = 60.0  # for what another run is making
+# Each starts stock vLLM, or knows its tokens, and compares.
+ANSWERS = "server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3 or (final_state_equals_stock and bfloat16)"
+IMPORTS = (
+    "import vllm.v1.engine.core, vllm.v1.worker.gpu.model_runner;"
+    "from vllm.platforms import current_platform as it; print(vllm.__version__, it.get_device_name())"
+)
+
+# A machine without a network: its Python, what is carried to it, and what it has that pip is to know of.
+PYTHON = "3.12"
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
+CARRIED = ("vllm==0.26.0", "blake3==1.0.11", "zstandard==0.25.0")
+THERE = ("torch==2.11.0", "transformers==5.17.0")
+CALL_BYTES = 64 << 20  # that travel with one call: what git tracks, and a file
+KERNELS = "vllm/_C_stable_libtorch.abi3.so"  # as large as all the rest
+# What a dense LLaMA on a Hopper GPU never loads: other builds of PyTorch, generators of kernels, kernels of other
+# models and other GPUs, a server in Rust. FlashInfer would compile its sampler there: `run` has vLLM do without it.
+NEVER_USED = {"torch", "torchaudio", "torchvision", "torchcodec", "pynvvideocodec", "triton", "flashinfer-python"}
+NEVER_USED |= {"tilelang", "nvidia-cutlass-dsl", "quack-kernels", "tokenspeed-mla", "humming-kernels"}
+NEVER_USED |= {"nvidia-cudnn-frontend"}
+LEFT_OUT_FILES = ("bin", "vllm/vllm-rs", "vllm/_moe_C*", "vllm/_flashmla*", "vllm/_qutlass*")
+LEFT_OUT_FILES += ("vllm/vllm_flash_attn/_vllm_fa2*", "vllm/third_party/deep_gemm", "vllm/third_party/fmha_sm100")
+CALLS = """Two calls, back to back, each carrying its file, and a third for what is left:
+  1  python3 tests/gpu_check.py receive {out}/packages.tar.xz && export PYTHONPATH={site} &&
+     (setsid python3 tests/gpu_check.py run --out /tmp/made --steps demo,layers,planes > /tmp/made.log 2>&1 &)
+  2  python3 tests/gpu_check.py receive {out}/kernels.tar.xz && export PYTHONPATH={site} &&
+     python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds 550 --steps machine,answers,defaults
+  3  PYTHONPATH={site} python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds LEFT \
+     --steps graphs,gaps,later"""
 
 
 class UsageError(Exception):
@@ -53,6 +84,7 @@ class Step:
     seconds: float
     commands: list[str]
     needs: str | None = None  # the step that makes what this one reads
+    makes: Path | None = None  # there once it has
 
 
 # ---- steps ------------------------------------------------------------------------------------------
@@ -60,7 +92,7 @@ class Step:
 
 def steps(out: Path, work: Path, small: bool) -> list[Step]:
     """In order of importance. `small`: models that a CPU starts in seconds, one trial of each."""
-    layers, planes = work / "layers", work / "planes"
+    layers, planes, demo = work / "layers", work / "planes", ROOT / "demo" / "checkpoint"
     python, trials = shlex.quote(sys.executable), 1 if small else 5
     stages = "baseline,stage1,stage2,progressive"
     three, few = f"baseline,progressive,progressive@{planes}", min(trials, 3)
@@ -76,36 +108,45 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
         command = f"{python} bench_coldstart.py --checkpoint {layers} --mode {modes} {options}{unverified}"
         return [f"{command} --json {out / name}.json"]
 
-    def split(folder: Path, option: str) -> str:
+    def split(folder: Path, option: str) -> list[str]:
         model = f"{work / 'tiny'} {folder}" if small else f"--synthetic llama2-7b {folder}"
-        return f"{python} prune_and_split.py {model} {option} --force"
+        return [f"{python} prune_and_split.py {model} {option} --force"]
 
-    make = [f"{python} tests/gpu_check.py tiny {work / 'tiny'}"] if small else []
+    made = (demo / "progressive.json").is_file()
+    train = [] if made else [f"{python} demo/train_demo_llama.py --force", f"{python} prune_and_split.py --force"]
+    tiny = [f"{python} tests/gpu_check.py tiny {work / 'tiny'}"] if small else []
     look = ["nvidia-smi" if shutil.which("nvidia-smi") else "lscpu", f"{python} -m pip list --format freeze"]
-    rates, stretch, streams = ("1x4,2x4", 20, 2) if small else ("1x256,8x256,64x256", 60, 32)
+    look = [f"{python} -c '{IMPORTS}'", *look]
+    rates, stretch, streams = ("1x4,2x4", 20, 2) if small else ("1x128,8x128,64x128", 60, 32)
     # Of a CPU vLLM would take nearly all memory.
     memory = " --kv-cache-memory-bytes 268435456" if small else ""
+    eager = f"--server-args='--enforce-eager{memory}'"
     later = f"--compile-cache cold --server-args='--no-enforce-eager --optimize-later{memory}'"
     gaps = f"--stretch {stretch} --watch-gaps {streams}"
     sweep = "20" if small else "1000,500,200,118"
+    of_layers, of_planes, of_demo = ({"needs": name} for name in ("layers", "planes", "demo"))
     table = [
-        Step("machine", 60, look),
-        # Does it start and answer, layers and planes, and are the tokens stock's?
-        Step("answers", 400, test(ANSWERS)),
-        Step("layers", 180, [*make, split(layers, "--layers 1-2" if small else "--layers 20-27")]),
-        Step("planes", 300, [split(planes, "--planes")]),
-        # TTFT against stock with its defaults, and eager; cold, disk as it is.
-        Step("defaults", 480, bench("defaults", three, f"--trials {trials}"), "planes"),
+        Step("machine", 90, look),
+        Step("demo", 300, train, makes=demo / "progressive.json"),
         Step(
-            "eager", 300, bench("eager", three, f"--trials {trials} --server-args='--enforce-eager{memory}'"), "planes"
+            "layers",
+            300,
+            [*tiny, *split(layers, "--layers 1-2" if small else "--layers 20-27")],
+            makes=layers / "progressive.json",
         ),
-        # Gates and graphs: the rate of each stage; addresses and kernels across transitions.
-        Step("rates", 400, bench("rates", stages, f"--trials 1 --throughput {rates}"), "layers"),
-        Step("graphs", 200, test("no_transition_changes_the_graph")),
-        Step("gaps", 200, bench("gaps", "progressive", f"--trials 1 {gaps}"), "layers"),
-        Step("later", 300, bench("later", "baseline,eager,progressive", f"--trials {few} {later}"), "layers"),
-        Step("standby", 200, bench("standby", "progressive,standby", f"--trials {few}"), "layers"),
-        Step("sweep", 600, bench("sweep", three, f"--trials 1 --sweep {sweep}"), "planes"),
+        Step("planes", 300, split(planes, "--planes"), needs="layers", makes=planes / "progressive.json"),
+        # Does it start and answer, layers and planes, and are the tokens stock's?
+        Step("answers", 300, test(ANSWERS), **of_demo),
+        # TTFT against stock with its defaults; cold, disk as it is. Then the full model's rate against stock's.
+        Step("defaults", 900, bench("defaults", three, f"--trials {trials} --throughput {rates}"), **of_planes),
+        # Gates and graphs: addresses and kernels across transitions; what the streams notice.
+        Step("graphs", 200, test("no_transition_changes_the_graph"), **of_demo),
+        Step("gaps", 200, bench("gaps", "progressive", f"--trials 1 {gaps}"), **of_layers),
+        Step("later", 300, bench("later", "baseline,eager,progressive", f"--trials {few} {later}"), **of_layers),
+        Step("standby", 200, bench("standby", "progressive,standby", f"--trials {few}"), **of_layers),
+        Step("eager", 300, bench("eager", three, f"--trials {trials} {eager}"), **of_planes),
+        Step("rates", 400, bench("rates", stages, f"--trials 1 --throughput {rates}"), **of_layers),
+        Step("sweep", 600, bench("sweep", three, f"--trials 1 --sweep {sweep}"), **of_planes),
     ]
     # Of a rehearsal others may use the cores.
     return [replace(step, seconds=3 * step.seconds) for step in table] if small else table
@@ -114,12 +155,19 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
 def run_step(step: Step, out: Path, seconds: float) -> dict:
     """What became of it: its exit status, or `stopped` at its limit; its processes have ended."""
     begin, log = time.monotonic(), out / f"{step.name}.log"
+    native = {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     status: int | str = 0
     with open(log, "w") as output:
         for command in step.commands:
             print(f"$ {command}", file=output, flush=True)
             process = subprocess.Popen(
-                command, shell=True, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                shell=True,
+                cwd=ROOT,
+                env=os.environ | native,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 status = process.wait(max(0.0, begin + seconds - time.monotonic()))
@@ -142,21 +190,26 @@ def end_group(process: subprocess.Popen) -> None:
             process.wait(STOP_SECONDS)
 
 
-def run(out: Path, work: Path, small: bool, wanted: list[str] | None, seconds: float) -> int:
-    """Exit status 0: every step that was asked for has run to its end, without a failure."""
-    known = steps(out, work, small)
-    if unknown := set(wanted or ()) - {step.name for step in known}:
-        raise UsageError(f"--steps {','.join(sorted(unknown))}: the steps are {', '.join(step.name for step in known)}")
+def run(
+    out: Path, work: Path, small: bool, wanted: list[str] | None, seconds: float, archive: Path | None = None
+) -> int:
+    """Exit status 0: every step that was asked for has run to its end, without a failure.
+
+    What a step needs may be made by another run, in the background: it is waited for. `archive`: all of OUT, after each
+    step.
+    """
+    known = {step.name: step for step in steps(out, work, small)}
+    if unknown := set(wanted or ()) - known.keys():
+        raise UsageError(f"--steps {','.join(sorted(unknown))}: the steps are {', '.join(known)}")
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     end, failed, all_well = time.monotonic() + seconds, set(), True
-    for step in known:
+    for step in known.values():
         if wanted and step.name not in wanted:
             continue
-        left = end - time.monotonic()
-        if step.needs in failed:
+        if step.needs in failed or not await_file(step.needs and known[step.needs].makes, end - time.monotonic()):
             found = {"step": step.name, "status": f"needs {step.needs}"}
-        elif left < min(30.0, step.seconds):
+        elif (left := end - time.monotonic()) < min(30.0, step.seconds):
             found = {"step": step.name, "status": "no time left"}
         else:
             found = run_step(step, out, min(step.seconds, left))
@@ -167,7 +220,20 @@ def run(out: Path, work: Path, small: bool, wanted: list[str] | None, seconds: f
             failed.add(step.name)
             all_well = False
             print(*found.get("end", ()), sep="\n", flush=True)
+        if archive:
+            partial = archive.with_name(f".{archive.name}.partial")
+            with tarfile.open(partial, "w:gz") as tar:
+                tar.add(out, out.name)
+            partial.replace(archive)
     return 0 if all_well else 1
+
+
+def await_file(path: Path | None, seconds: float) -> bool:
+    """Whether it is there by then."""
+    end = time.monotonic() + min(seconds, WAIT_SECONDS)
+    while path and not path.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    return path is None or path.exists()
 
 
 def make_tiny(folder: Path) -> None:
@@ -181,24 +247,63 @@ def make_tiny(folder: Path) -> None:
 # ---- the way there ----------------------------------------------------------------------------------
 
 
-def pack(have: Path, out: Path, piece_mib: int) -> None:
-    """Pieces, and beside them the order in which they are carried, with their checksums."""
-    if not WHEELS.is_file():
-        raise UsageError(f"{WHEELS} is not there: it collects the wheels")
-    for old in out.glob("piece*"):
-        old.unlink()
-    command = [sys.executable, WHEELS, "--have", have, "--out", out, "--piece-mib", piece_mib, "--also", *ALSO]
-    subprocess.run(list(map(str, command)), check=True)
-    pieces = sorted(path for path in out.iterdir() if path.is_file() and path.name != "order.json")
-    tracked, largest = tracked_bytes(), max(piece.stat().st_size for piece in pieces)
-    if tracked + largest > CALL_BYTES - (1 << 20):  # order.json, and names
-        most = (CALL_BYTES - tracked >> 20) - 1
-        raise UsageError(f"--piece-mib {piece_mib}: a call carries 64 MiB, the tree among it: at most {most}")
-    order = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in pieces]
-    (out / "order.json").write_text(json.dumps(order, indent=1) + "\n")
-    print("one call for each, back to back, carrying its piece and order.json:")
-    for row in order:
-        print(f"  python3 tests/gpu_check.py receive {out / row['name']}    # {row['bytes'] / 2**20:.1f} MiB")
+def pack(have: Path, out: Path) -> None:
+    """OUT/packages.tar.xz and OUT/kernels.tar.xz, to be unpacked there, and the calls that carry them.
+
+    pip chooses the versions, for the other machine's Python and with its PyTorch; what it has is then left out.
+    """
+    there = {canonicalize_name(name) for name in have.read_text().replace(",", " ").split()}
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        report, site = Path(folder, "report.json"), Path(folder, "site")
+        pip("--dry-run", "--ignore-installed", "--report", report, "--target", site, *CARRIED, *THERE)
+        chosen = [row["metadata"] for row in json.loads(report.read_text())["install"]]
+        pip("--no-deps", "--no-compile", "--target", site, *needed(chosen, there))
+        for pattern in LEFT_OUT_FILES:
+            for path in site.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        apart = site / KERNELS
+        for name, paths in {
+            "kernels": [apart],
+            "packages": [path for path in site.rglob("*") if path != apart],
+        }.items():
+            with tarfile.open(out / f"{name}.tar.xz", "w:xz") as tar:
+                for path in tqdm(sorted(paths), desc=name, disable=None):
+                    tar.add(path, path.relative_to(site), recursive=False)
+    room = CALL_BYTES - (1 << 20) - tracked_bytes()
+    for name in ("packages", "kernels"):
+        if (size := (out / f"{name}.tar.xz").stat().st_size) > room:
+            raise UsageError(f"{out}/{name}.tar.xz has {size} bytes, and beside the tree a call carries {room}")
+    print(CALLS.format(out=out, site=SITE))
+
+
+def pip(*options: str | Path) -> None:
+    """`pip install` for the other machine."""
+    fixed = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *fixed]
+    subprocess.run([*command, *(f"--platform={name}" for name in PLATFORMS), *map(str, options)], check=True)
+
+
+def needed(chosen: list[dict], there: set[str]) -> list[str]:
+    """NAME==VERSION of what is carried and of all that it needs, but for what is there or never used.
+
+    `chosen`: metadata of pip's report. Of what is there it is not asked what it needs.
+    """
+    versions = {canonicalize_name(row["name"]): row for row in chosen}
+    machine = {**default_environment(), "python_version": PYTHON, "python_full_version": f"{PYTHON}.0"}
+    wanted, done, found = [Requirement(name) for name in CARRIED], set(), {}
+    while wanted:
+        one = wanted.pop()
+        name = canonicalize_name(one.name)
+        if name in there | NEVER_USED or (name, *one.extras) in done:
+            continue
+        done.add((name, *one.extras))
+        found[name] = f"{name}=={versions[name]['version']}"
+        for requirement in map(Requirement, versions[name].get("requires_dist", ())):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({**machine, "extra": extra}) for extra in ("", *one.extras)):
+                wanted.append(requirement)
+    return sorted(found.values())
 
 
 def tracked_bytes() -> int:
@@ -206,33 +311,21 @@ def tracked_bytes() -> int:
     return sum((ROOT / name).stat().st_size for name in names.split("\0") if name)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def receive(piece: Path, tar: Path = TAR, site: Path = SITE) -> None:
-    """Append a piece; after the last one unpack and install. Raises UsageError for one that is not the next."""
-    order = json.loads((piece.parent / "order.json").read_text())
-    names = [row["name"] for row in order]
-    if piece.name not in names:
-        raise UsageError(f"{piece.name} is no piece: they are {', '.join(names)}")
-    number, there = names.index(piece.name), tar.stat().st_size if tar.exists() else 0
-    if there != (before := sum(row["bytes"] for row in order[:number])):
-        raise UsageError(f"{tar} has {there} bytes, and {piece.name} comes after {before}: begin again with {names[0]}")
-    if sha256(piece) != order[number]["sha256"]:
-        raise UsageError(f"{piece} is damaged: carry it again")
-    with open(tar, "ab") as whole, open(piece, "rb") as part:
-        shutil.copyfileobj(part, whole)
-    print(f"{number + 1} of {len(order)} pieces")
-    if number + 1 < len(order):
-        return
-    wheels = tar.with_suffix("")
-    with tarfile.open(tar) as packed:
-        packed.extractall(wheels, filter="data")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*command, "--target", str(site), *map(str, sorted(wheels.rglob("*.whl")))], check=True)
-    print(f"installed: PYTHONPATH={site}")
+def receive(file: Path, site: Path = SITE) -> None:
+    """Unpack one of the two, in either order. Raises UsageError for one that is damaged."""
+    try:
+        with lzma.open(file) as data:
+            with tarfile.open(fileobj=data, mode="r|") as tar:
+                tar.extractall(site, filter="data")
+            while data.read(1 << 20):  # its checksum comes last
+                pass
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UsageError(f"{file} is damaged ({error}): carry it again") from None
+    # A copy of PyTorch's headers cannot be compiled, and need not.
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", "-j", "0", str(site)], stdout=subprocess.DEVNULL, check=False
+    )
+    print(f"unpacked: PYTHONPATH={site}")
 
 
 # ---- main -------------------------------------------------------------------------------------------
@@ -241,16 +334,16 @@ def receive(piece: Path, tar: Path = TAR, site: Path = SITE) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
-    add = what.add_parser("pack", help="collect the wheels, in pieces")
+    add = what.add_parser("pack", help="vLLM and what it needs, in two files")
     add.add_argument("--have", type=Path, required=True, help="names of the packages that are there")
-    add.add_argument("--out", type=Path, required=True)
-    add.add_argument("--piece-mib", type=int, default=56)
-    what.add_parser("receive", help="append one piece, install after the last").add_argument("piece", type=Path)
+    add.add_argument("--out", type=Path, required=True, help="folder for both")
+    what.add_parser("receive", help="unpack one of what `pack` made").add_argument("file", type=Path)
     what.add_parser("tiny", help="make the model of the rehearsal").add_argument("folder", type=Path)
     add = what.add_parser("run", help="the steps")
     add.add_argument("--out", type=Path, required=True, help="where results go")
     add.add_argument("--work", type=Path, default=Path("/tmp/gpu-check"), help="for weights (default: %(default)s)")
     add.add_argument("--steps", type=lambda text: text.split(","), help="of these alone; default: all")
+    add.add_argument("--tar", type=Path, help="all of OUT, after each step")
     add.add_argument("--seconds", type=float, default=3600.0, help="for all of them (default: %(default)s)")
     add.add_argument("--small", action="store_true", help="the rehearsal")
     return parser.parse_args()
@@ -260,13 +353,13 @@ def main() -> int:
     args = parse_args()
     try:
         if args.what == "pack":
-            pack(args.have, args.out, args.piece_mib)
+            pack(args.have, args.out)
         elif args.what == "receive":
-            receive(args.piece)
+            receive(args.file)
         elif args.what == "tiny":
             make_tiny(args.folder)
         else:
-            return run(args.out.resolve(), args.work.resolve(), args.small, args.steps, args.seconds)
+            return run(args.out.resolve(), args.work.resolve(), args.small, args.steps, args.seconds, args.tar)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

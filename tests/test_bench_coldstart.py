@@ -274,7 +274,7 @@ def test_memory_of_a_parent_is_that_of_its_children_too():
 
 
 def test_compile_cache_is_what_the_run_asks_for(tmp_path):
-    args = SimpleNamespace(work=tmp_path, compile_cache="cold")
+    args = SimpleNamespace(work=tmp_path, compile_cache="cold", server_args=["--no-enforce-eager"])
     artifact = tmp_path / "cache-baseline/torch_compile_cache/torch_aot_compile/0/rank_0_0/model"
     artifact.parent.mkdir(parents=True)
     artifact.touch()
@@ -284,6 +284,31 @@ def test_compile_cache_is_what_the_run_asks_for(tmp_path):
     with pytest.raises(RuntimeError, match="baseline is cold"):
         bench_coldstart.check_compile_cache(args, "baseline")
     bench_coldstart.check_compile_cache(args, "eager")  # has none
+    args.server_args = ["--enforce-eager"]
+    bench_coldstart.check_compile_cache(args, "baseline")  # nor it, and on a GPU it may have kernels
+    kernel = tmp_path / "cache-eager" / "triton" / "kernel"
+    assert bench_coldstart.environment(args, "eager")["TRITON_CACHE_DIR"] == str(kernel.parent)
+    kernel.parent.mkdir(parents=True)
+    args.compile_cache = "cold"
+    bench_coldstart.check_compile_cache(args, "eager")
+    assert not kernel.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "options", "found"),
+    [
+        (False, [], None),
+        (False, ["--server-args=--no-enforce-eager"], "cold"),
+        (False, ["--server-args=--no-enforce-eager", "--compile-cache", "warm"], "warm"),
+        (True, [], "cold"),
+        (True, ["--server-args=--enforce-eager"], "cold"),
+        (True, ["--compile-cache", "warm"], "warm"),
+    ],
+)
+def test_no_trial_finds_what_another_has_compiled_unless_it_is_said(monkeypatch, has_gpu, options, found):
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", has_gpu)
+    monkeypatch.setattr(sys, "argv", ["bench_coldstart.py", *options])
+    assert bench_coldstart.parse_args().compile_cache == found
 
 
 def test_eager_is_said_last():

@@ -1,15 +1,16 @@
-"""tests/gpu_check.py: steps that fail, or do not end, keep none of the others from running; pieces come in order."""
+"""tests/gpu_check.py: a step that fails, or does not end, keeps none of the others from running; files arrive whole."""
 
 import json
-import sys
 import tarfile
+import threading
 import time
+from pathlib import Path
 
 import gpu_check
 import psutil
 import pytest
 from conftest import ROOT, run_script
-from gpu_check import Step, UsageError, receive, run, run_step, sha256
+from gpu_check import Step, UsageError, receive, run, run_step
 
 
 def test_a_step_that_does_not_end_is_stopped_with_its_processes(tmp_path, monkeypatch):
@@ -41,9 +42,11 @@ def test_steps_go_on_after_a_failure(tmp_path, monkeypatch, capsys):
 def test_the_steps_of_a_gpu_and_of_the_rehearsal_are_the_same(tmp_path):
     full, small = (gpu_check.steps(tmp_path, tmp_path, small) for small in (False, True))
     assert [step.name for step in full] == [step.name for step in small]
-    assert [step.name for step in full][:2] == ["machine", "answers"]
-    made = {step.name for step in full}
-    assert all(step.needs is None or step.needs in made for step in full)
+    assert [step.name for step in full if not step.makes][:3] == ["machine", "answers", "defaults"]
+    made = [None]
+    for step in full:
+        assert step.needs in made
+        made += [step.name] if step.makes else []
 
 
 def test_rehearsal(tmp_path):
@@ -55,54 +58,80 @@ def test_rehearsal(tmp_path):
     assert {row["mode"] for row in result["summary"]} == {"baseline", "progressive", "progressive@planes"}
 
 
-def pieces_of(folder, number=3):
-    """A tar cut into pieces, as offline_wheels.py does it."""
-    (folder / "wheels").mkdir(parents=True)
-    (folder / "wheels" / "none.txt").write_text("x" * 1000)
-    with tarfile.open(folder / "whole", "w") as tar:
-        tar.add(folder / "wheels", "wheels")
-    data = (folder / "whole").read_bytes()
-    size = -(-len(data) // number)
-    pieces = [folder / f"piece{index}" for index in range(number)]
-    for index, piece in enumerate(pieces):
-        piece.write_bytes(data[index * size : (index + 1) * size])
-    rows = [{"name": piece.name, "bytes": piece.stat().st_size, "sha256": sha256(piece)} for piece in pieces]
-    (folder / "order.json").write_text(json.dumps(rows))
-    return pieces
-
-
-def test_pieces_fit_beside_the_tree(tmp_path, monkeypatch):
-    wheels, out = tmp_path / "offline_wheels.py", tmp_path / "pieces"
-    wheels.write_text("import sys; from pathlib import Path; Path(sys.argv[4], 'piece0').write_bytes(b'x' * 60)")
-    out.mkdir()
-    monkeypatch.setattr(gpu_check, "WHEELS", wheels)
-    monkeypatch.setattr(gpu_check, "tracked_bytes", lambda: 100)
-    monkeypatch.setattr(gpu_check, "CALL_BYTES", (1 << 20) + 159)
-    with pytest.raises(UsageError, match="--piece-mib 58: a call carries 64 MiB"):
-        gpu_check.pack(tmp_path / "have", out, 58)
-    monkeypatch.setattr(gpu_check, "CALL_BYTES", (1 << 20) + 160)
-    gpu_check.pack(tmp_path / "have", out, 58)
-    assert json.loads((out / "order.json").read_text()) == [
-        {"name": "piece0", "bytes": 60, "sha256": sha256(out / "piece0")}
+def test_what_another_run_makes_is_waited_for(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    table = [
+        Step("maker", 9, ["false"], makes=made),
+        Step("user", 9, [f"test -e {made}"], needs="maker"),
     ]
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: table)
+    monkeypatch.setattr(gpu_check, "WAIT_SECONDS", 20.0)
+    threading.Timer(1.0, made.touch).start()
+    archive = tmp_path / "out.tar.gz"
+    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 100.0, archive) == 0
+    with tarfile.open(archive) as tar:
+        assert {"out/summary.jsonl", "out/user.log"} <= set(tar.getnames())
+    made.unlink()
+    monkeypatch.setattr(gpu_check, "WAIT_SECONDS", 0.0)
+    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 100.0) == 1
+    last = (tmp_path / "out" / "summary.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["status"] == "needs maker"
 
 
-def test_pieces_come_in_order_and_whole(tmp_path, monkeypatch):
-    installed = []
-    monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, **_: installed.append(command))
-    pieces, tar, site = pieces_of(tmp_path / "pieces"), tmp_path / "got.tar", tmp_path / "site"
-    with pytest.raises(UsageError, match="piece1 comes after"):
-        receive(pieces[1], tar, site)
-    receive(pieces[0], tar, site)
-    with pytest.raises(UsageError, match="begin again with piece0"):
-        receive(pieces[0], tar, site)
-    whole = pieces[1].read_bytes()
-    pieces[1].write_bytes(whole[:-1] + b"?")
-    with pytest.raises(UsageError, match="is damaged"):
-        receive(pieces[1], tar, site)
-    pieces[1].write_bytes(whole)
-    receive(pieces[1], tar, site)
-    assert installed == []
-    receive(pieces[2], tar, site)
-    assert (tmp_path / "got" / "wheels" / "none.txt").read_text() == "x" * 1000
-    assert installed[0][:3] == [sys.executable, "-m", "pip"] and str(site) in installed[0]
+def test_what_is_needed_and_not_there():
+    """Of two requirements of one package, one asks for an extra; what the machine has brings what it needs itself."""
+    chosen = [
+        {"name": "vllm", "version": "0.26.0", "requires_dist": ["Torch==2", "web[std]>=1", "tidy; python_version<'3'"]},
+        {"name": "blake3", "version": "1", "requires_dist": ["web", "numpy"]},
+        {"name": "zstandard", "version": "2"},
+        {"name": "web", "version": "3", "requires_dist": ["extra-of-web; extra == 'std'", "none; extra == 'other'"]},
+        {"name": "Extra_of.web", "version": "4"},
+        {"name": "numpy", "version": "5", "requires_dist": ["of-numpy"]},
+    ]
+    needed = gpu_check.needed(chosen, {"numpy"})
+    assert needed == ["blake3==1", "extra-of-web==4", "vllm==0.26.0", "web==3", "zstandard==2"]
+
+
+def packed(tmp_path, monkeypatch, room):
+    """Both files, of a pip that chooses and installs nothing but vLLM; `room` bytes are left for one."""
+
+    def pip(*options):
+        if "--report" in options:
+            rows = [{"metadata": {"name": name.partition("==")[0], "version": "1"}} for name in gpu_check.CARRIED]
+            Path(options[options.index("--report") + 1]).write_text(json.dumps({"install": rows}))
+            return
+        site = Path(options[options.index("--target") + 1])
+        for name in (gpu_check.KERNELS, "vllm/__init__.py", "vllm/third_party/deep_gemm/large.so", "vllm/_moe_C.so"):
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).write_text(name)
+
+    monkeypatch.setattr(gpu_check, "pip", pip)
+    monkeypatch.setattr(gpu_check, "tracked_bytes", lambda: 100)
+    monkeypatch.setattr(gpu_check, "CALL_BYTES", (1 << 20) + 100 + room)
+    (tmp_path / "have").write_text("torch, numpy\n")
+    gpu_check.pack(tmp_path / "have", tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_two_files_carry_what_is_used(tmp_path, monkeypatch, capsys):
+    out = packed(tmp_path, monkeypatch, 10_000)
+    assert sorted(path.name for path in out.iterdir()) == ["kernels.tar.xz", "packages.tar.xz"]
+    assert f"receive {out}/kernels.tar.xz" in capsys.readouterr().out
+    for name in ("kernels", "packages"):
+        receive(out / f"{name}.tar.xz", tmp_path / "site")
+    found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert {name for name in found if not name.endswith(".pyc")} == {gpu_check.KERNELS, "vllm/__init__.py"}
+
+
+def test_a_file_fits_beside_the_tree(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"packages.tar.xz has \d+ bytes, and beside the tree a call carries 50"):
+        packed(tmp_path, monkeypatch, 50)
+
+
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    file = packed(tmp_path, monkeypatch, 10_000) / "packages.tar.xz"
+    whole = file.read_bytes()
+    for damaged in (whole[:-20], whole[:60] + bytes(8) + whole[68:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UsageError, match="is damaged .*: carry it again"):
+            receive(file, tmp_path / "site")
