@@ -40,7 +40,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/tmp/gpu-site")
 STOP_SECONDS = 10.0  # that a step has to end, once its time is over
-WAIT_SECONDS = 60.0  # for what another run is making
 # Each starts stock vLLM, or knows its tokens, and compares.
 ANSWERS = "server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3 or (final_state_equals_stock and bfloat16)"
 IMPORTS = (
@@ -209,7 +208,8 @@ def run(
     for step in known.values():
         if wanted and step.name not in wanted:
             continue
-        if step.needs in failed or not await_file(step.needs and known[step.needs].makes, end - time.monotonic()):
+        (work / f"{step.name}.failed").unlink(missing_ok=True)
+        if step.needs in failed or (step.needs and not await_made(known[step.needs], work, end)):
             found = {"step": step.name, "status": f"needs {step.needs}"}
         elif (left := end - time.monotonic()) < min(30.0, step.seconds):
             found = {"step": step.name, "status": "no time left"}
@@ -219,6 +219,7 @@ def run(
             print(json.dumps(found), file=summary)
         print(*(f"{key}: {value}" for key, value in found.items() if key != "end"), sep="  ", flush=True)
         if found["status"] != 0:
+            (work / f"{step.name}.failed").touch()
             failed.add(step.name)
             all_well = False
             print(*found.get("end", ()), sep="\n", flush=True)
@@ -230,12 +231,11 @@ def run(
     return 0 if all_well else 1
 
 
-def await_file(path: Path | None, seconds: float) -> bool:
-    """Whether it is there by then."""
-    end = time.monotonic() + min(seconds, WAIT_SECONDS)
-    while path and not path.exists() and time.monotonic() < end:
+def await_made(step: Step, work: Path, end: float) -> bool:
+    """Whether another run has made by then (time.monotonic) what the step makes."""
+    while not step.makes.exists() and not (work / f"{step.name}.failed").exists() and time.monotonic() < end:
         time.sleep(0.2)
-    return path is None or path.exists()
+    return step.makes.exists()
 
 
 def make_tiny(folder: Path) -> None:
