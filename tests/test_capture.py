@@ -51,9 +51,8 @@ class Runner:
         monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: group)
         monkeypatch.setattr(cudagraph_utils, "is_global_first_rank", lambda: False)
         monkeypatch.setattr(cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: "pool"))
-        monkeypatch.setattr(cudagraph_utils, "current_stream", lambda: None)
-        for name in ("graph_capture", "capture_pool"):
-            monkeypatch.setattr(cudagraph_utils, name, lambda *args, **kwargs: contextlib.nullcontext())
+        for name in ("graph_capture", "capture_pool", "current_stream"):  # vLLM 0.26 has the first one alone
+            monkeypatch.setattr(cudagraph_utils, name, lambda *args, **kwargs: contextlib.nullcontext(), raising=False)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
         self.compilation_config = SimpleNamespace(
