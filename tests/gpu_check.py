@@ -67,8 +67,8 @@ CALLS = """Two calls, back to back, each carrying its file, and a third for what
      (setsid python3 tests/gpu_check.py run --out /tmp/made --steps demo,layers,planes > /tmp/made.log 2>&1 &)
   2  python3 tests/gpu_check.py receive {out}/kernels.tar.xz && export PYTHONPATH={site} &&
      python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds 550 --steps machine,answers,defaults
-  3  PYTHONPATH={site} python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds LEFT \
-     --steps graphs,gaps,later"""
+  3  export PYTHONPATH={site} &&
+     python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds LEFT --steps graphs,gaps,later"""
 
 
 class UsageError(Exception):
@@ -128,6 +128,8 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
     table = [
         Step("machine", 90, look),
         Step("demo", 300, train, makes=demo / "progressive.json"),
+        # Does it start and answer, layers and planes, and are the tokens stock's?
+        Step("answers", 300, test(ANSWERS), **of_demo),
         Step(
             "layers",
             300,
@@ -135,8 +137,6 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
             makes=layers / "progressive.json",
         ),
         Step("planes", 300, split(planes, "--planes"), needs="layers", makes=planes / "progressive.json"),
-        # Does it start and answer, layers and planes, and are the tokens stock's?
-        Step("answers", 300, test(ANSWERS), **of_demo),
         # TTFT against stock with its defaults; cold, disk as it is; with nothing compiled, then with warm caches. Then
         # the full model's rate against stock's.
         Step("defaults", 900, bench("defaults", three, f"--trials {trials} --throughput {rates} {warm}"), **of_planes),
@@ -323,7 +323,7 @@ def receive(file: Path, site: Path = SITE) -> None:
                 pass
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise UsageError(f"{file} is damaged ({error}): carry it again") from None
-    # A copy of PyTorch's headers cannot be compiled, and need not.
+    # Templates and the like cannot be compiled, and need not.
     subprocess.run(
         [sys.executable, "-m", "compileall", "-q", "-j", "0", str(site)], stdout=subprocess.DEVNULL, check=False
     )
