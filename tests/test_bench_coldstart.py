@@ -311,6 +311,34 @@ def test_no_trial_finds_what_another_has_compiled_unless_it_is_said(monkeypatch,
     assert bench_coldstart.parse_args().compile_cache == found
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "filling"), [(False, ["baseline", "progressive"]), (True, ["baseline", "eager", "progressive"])]
+)
+def test_starts_that_fill_the_caches_are_kept_and_not_counted(tmp_path, monkeypatch, has_gpu, filling):
+    """On a GPU a server that stays eager has kernels compiled, too."""
+    started = []
+
+    @contextlib.contextmanager
+    def trial(mode, mbps, args, procs, log_path):
+        started.append(mode)
+        yield "url", {"mode": mode, "ttft": float(len(started))}
+
+    monkeypatch.setattr(bench_coldstart, "HAS_GPU", has_gpu)
+    monkeypatch.setattr(bench_coldstart, "trial", trial)
+    for name in ("measure_storage", "check_compile_cache", "write_result"):
+        monkeypatch.setattr(bench_coldstart, name, lambda *_: None)
+    monkeypatch.setattr(bench_coldstart, "measure_throughput", lambda *_: 5.0)
+    modes = ["baseline", "eager", "progressive"]
+    args = SimpleNamespace(modes=modes, bandwidths=[0.0], trials=1, compile_cache="warm", throughput=["1x4"], json=None)
+    args.side_by_side, args.server_args, args.checkpoint = False, ["--no-enforce-eager"], tmp_path
+    result = {"trials": [], "bandwidth": {}}
+    bench_coldstart.run_trials(args, result, tmp_path)
+    assert [row["mode"] for row in result["compiling_trials"]] == filling
+    assert [row["mode"] for row in result["trials"]] == modes and started == filling + modes
+    assert all("throughput" in row for row in result["trials"])
+    assert not any("throughput" in row for row in result["compiling_trials"])
+
+
 def test_stock_forks_on_a_gpu_where_it_is_asked_to(tmp_path, monkeypatch):
     """vLLM's own server asks for `spawn` unless the variable is set."""
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
