@@ -40,8 +40,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path("/tmp/gpu-site")
 STOP_SECONDS = 10.0  # that a step has to end, once its time is over
-# Each starts stock vLLM, or knows its tokens, and compares.
-ANSWERS = "server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3 or (final_state_equals_stock and bfloat16)"
+ANSWERS = "server_from_stage_1_to_3 or server_of_planes_from_stage_1_to_3"  # tests that compare with stock's tokens
 IMPORTS = (
     "import vllm.v1.engine.core, vllm.v1.worker.gpu.model_runner;"
     "from vllm.platforms import current_platform as it; print(vllm.__version__, it.get_device_name())"
@@ -68,7 +67,7 @@ CALLS = """Two calls, back to back, each carrying its file, and a third for what
   2  python3 tests/gpu_check.py receive {out}/kernels.tar.xz && export PYTHONPATH={site} &&
      python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds 550 --steps machine,answers,defaults
   3  export PYTHONPATH={site} &&
-     python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds LEFT --steps graphs,gaps,later"""
+     python3 tests/gpu_check.py run --out /tmp/out --tar $OUT/out.tar.gz --seconds LEFT --steps bfloat16,graphs,later,gaps"""
 
 
 class UsageError(Exception):
@@ -140,6 +139,7 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
         # TTFT against stock with its defaults; cold, disk as it is; with nothing compiled, then with warm caches. Then
         # the full model's rate against stock's.
         Step("defaults", 900, bench("defaults", three, f"--trials {trials} --throughput {rates} {warm}"), **of_planes),
+        Step("bfloat16", 200, test("final_state_equals_stock and bfloat16"), **of_demo),
         # Gates and graphs: addresses and kernels across transitions; what the streams notice.
         Step("graphs", 200, test("no_transition_changes_the_graph"), **of_demo),
         Step("gaps", 200, bench("gaps", "progressive", f"--trials 1 {gaps}"), **of_layers),
