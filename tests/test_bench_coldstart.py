@@ -180,14 +180,14 @@ def test_sweep(split_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(number, split_tiny, tmp_path):
+def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(number, split_tiny, tmp_path, short_tmp):
     """Also where the signal comes while the server is being forked."""
     out = tmp_path / "cold.json"
     options = ["--mode", "progressive", "--checkpoint", split_tiny, "--json", out]
     bench = subprocess.Popen(
         [sys.executable, str(BENCH), *map(str, options)],
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_tmp)},
     )
     try:
         while not out.exists() or not (servers := psutil.Process(bench.pid).children(recursive=True)):
