@@ -1085,8 +1085,6 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
                 row["answers"], progress = follow_stages(server, url, args.prompt, row_of_first, not args.stretch)
             if compiles(args, mode):
                 progress, row["while_compiling"] = follow_compilation(server, url, args)
-                if later := [entry["seconds"] for entry in progress["timeline"] if entry["event"] == "compiled"]:
-                    row["compiled"] = later[0]
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
         yield url, row
@@ -1117,6 +1115,7 @@ def describe_progress(progress: dict, ttft: float) -> dict:
         "min_stage": progress.get("min_stage", 1),  # of a server before it was said
         "stage_seconds": reached,
         "full": max(ttft, reached[str(len(stages))]) if len(reached) == len(stages) else None,
+        "compiled": next((row["seconds"] for row in timeline if row["event"] == "compiled"), None),  # behind its tokens
         "loader_mbps": stages[0]["bytes"] / 1e6 / reading if reading > 0 else None,
         "timeline": timeline,
     }

@@ -339,6 +339,19 @@ def test_starts_that_fill_the_caches_are_kept_and_not_counted(tmp_path, monkeypa
     assert not any("throughput" in row for row in result["compiling_trials"])
 
 
+@pytest.mark.parametrize("later", [None, 9.0])
+def test_server_that_has_compiled_before_it_listens(monkeypatch, later):
+    """It is followed like one that compiles behind its tokens, and has no time of its own for that."""
+    timeline = [{"event": "reading", "stage": 1, "seconds": 1.0}, {"event": "resident", "stage": 1, "seconds": 2.0}]
+    timeline += [{"event": "compiled", "seconds": later}] if later else []
+    progress = {"stages": [{"stage": 1, "seconds": 3.0, "bytes": 10**6}], "timeline": timeline}
+    progress |= {"optimized": "compiled", "not_optimized": None}
+    monkeypatch.setattr(bench_coldstart, "get_progress", lambda *_: progress)
+    assert bench_coldstart.follow_compilation(None, "url", SimpleNamespace(throughput=["1x4"])) == (progress, {})
+    found = bench_coldstart.describe_progress(progress, 4.0)
+    assert (found["compiled"], found["full"], found["loader_mbps"]) == (later, 4.0, 1.0)
+
+
 def test_stock_forks_on_a_gpu_where_it_is_asked_to(tmp_path, monkeypatch):
     """vLLM's own server asks for `spawn` unless the variable is set."""
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
