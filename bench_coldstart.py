@@ -99,6 +99,7 @@ import platform
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -466,7 +467,7 @@ class ServerProcess:
         return self.process.poll()
 
     def stop(self) -> None:
-        """End the server and every process that it started."""
+        """End the server and every process that it started, and return when their memory is free."""
         if self.pid is None:
             return
         started = process_tree(self.pid)
@@ -479,6 +480,8 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
+        for process in started:
+            wait_until_ended(process.pid, STOP_TIMEOUT)
 
 
 class RayServerProcess:
@@ -540,6 +543,19 @@ def process_tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def wait_until_ended(pid: int, timeout: float) -> None:
+    """Wait until a process has let go of its memory and files, also where no parent asks for its exit status.
+
+    psutil would wait for that, too, and the first process of a container may never ask.
+    """
+    with contextlib.suppress(OSError):  # it is gone
+        ended = os.pidfd_open(pid)
+        try:
+            select.select([ended], [], [], timeout)
+        finally:
+            os.close(ended)
 
 
 def tree_pss(pid: int) -> int:

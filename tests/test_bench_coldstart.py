@@ -392,15 +392,17 @@ def test_mended_stock_can_load_what_it_has_compiled(tmp_path):
 
 
 def test_output_and_memory_of_a_server_are_recorded(tmp_path):
-    """A stand-in for a server: two lines with a pause between them, 50 MB, and a child that outlives it."""
-    script = "import subprocess, time; subprocess.Popen(['sleep', '100']); held = b'1' * 50_000_000\n"
+    """A stand-in for a server: two lines with a pause between them, and a silent child of 500 MB that outlives it."""
+    child = "import time; held = b'1' * 500_000_000; time.sleep(100)"
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}], **{silent})\n"
     script += "print('one', flush=True); time.sleep(1); print('two', end='\\r', flush=True); time.sleep(100)"
     command = [sys.executable, "-c", script]
     log_path = tmp_path / "logs" / "server.log"
     log_path.parent.mkdir()
     args = SimpleNamespace(checkpoint=log_path.parent, unverified_cold=False, ray=False)
     with bench_coldstart.trial_server(command, args.checkpoint, args, False, log_path, {**os.environ}) as server:
-        while len(server.lines) < 1 or server.peak_pss < 50_000_000:
+        while len(server.lines) < 1 or server.peak_pss < 500_000_000:
             assert server.process.poll() is None
             time.sleep(0.05)
         time.sleep(1.5)
