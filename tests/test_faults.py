@@ -99,10 +99,10 @@ def test_process_of_vllm_that_is_killed(name, split_tiny, tmp_path):
         with ThreadPoolExecutor(2) as pool:
             waiting = pool.submit(server.post, "Hello", min_stage=3)
             server.wait_for(lambda: metric(server, "progressive_waiting_requests") == 1)
-            reader.resume()
             running = pool.submit(server.post, "Hello", 1000, n=32, temperature=1)  # more than is over before the kill
             server.wait_for(lambda: metric(server, "vllm:num_requests_running") > 0)
             next(process for process in processes if process.name().startswith(name)).kill()
+            reader.resume()  # not before: nobody waits any more when all has been read
             began = time.monotonic()
             for asked in (running, waiting):
                 with contextlib.suppress(requests.ConnectionError):
