@@ -96,13 +96,17 @@ def test_process_of_vllm_that_is_killed(name, split_tiny, tmp_path):
         reader = server.hold_reader()
         server.wait_for(server.answers)
         processes = family(server)
+        worker = next(process for process in processes if process.name() == "VLLM::Worker")
         with ThreadPoolExecutor(2) as pool:
             waiting = pool.submit(server.post, "Hello", min_stage=3)
             server.wait_for(lambda: metric(server, "progressive_waiting_requests") == 1)
-            running = pool.submit(server.post, "Hello", 1000, n=32, temperature=1)  # more than is over before the kill
-            server.wait_for(lambda: metric(server, "vllm:num_requests_running") > 0)
+            worker.suspend()  # so that what it computes is in flight, and nothing is over before the kill
+            running = pool.submit(server.post, "Hello")
+            time.sleep(2)
             next(process for process in processes if process.name().startswith(name)).kill()
-            reader.resume()  # not before: nobody waits any more when all has been read
+            for suspended in (worker, reader):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    suspended.resume()
             began = time.monotonic()
             for asked in (running, waiting):
                 with contextlib.suppress(requests.ConnectionError):
