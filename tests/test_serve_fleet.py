@@ -5,6 +5,7 @@ The nodes are Ray's, three or four on one machine; the engines are tests/fake_en
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -571,7 +572,7 @@ class Fleet:
         pytest.fail(f"not within {seconds} s: {what}\n{self.log.read_text()}")
 
     def state(self) -> dict:
-        return requests.get(f"{self.url}/fleet", timeout=5).json()
+        return requests.get(f"{self.url}/fleet", timeout=60).json()
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """(name, the value of its label) -> value."""
@@ -579,8 +580,9 @@ class Fleet:
         families = text_string_to_metric_families(text)
         return {(one.name, "".join(one.labels.values())): one.value for family in families for one in family.samples}
 
-    def leases(self) -> int:
-        return sum(node["models"]["m"]["leases"] for node in self.state()["nodes"])
+    def leases(self, of: str | None = None) -> int:
+        """Of a node; of all."""
+        return sum(node["models"]["m"]["leases"] for node in self.state()["nodes"] if of in (None, node["node"]))
 
     def engines(self) -> list[dict]:
         return [{**engine, "node": node["node"]} for node in self.state()["nodes"] for engine in node["engines"]]
@@ -747,6 +749,13 @@ def engine_process(engine: dict) -> psutil.Process:
     port = engine["url"].rsplit(":", 1)[1]
     (found,) = [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
     return found
+
+
+def engine_processes(engine: dict) -> list[psutil.Process]:
+    """All of an engine: with a standby, also what it was started by and what became of that."""
+    port = engine["url"].rsplit(":", 1)[1]
+    roots = [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
+    return [process for root in roots for process in (root, *root.children(recursive=True))]
 
 
 def test_streams_go_on_when_their_engine_is_killed(fleet):
@@ -1057,28 +1066,52 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
     fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
     usage = {"stream_options": {"include_usage": True}}
+    number, moved = 1800, 0  # tokens; streams
     kinds = [{"chat": True}, {"stop": ["not in this text"]}, {"logprobs": 1}, usage]
-    number = 1800  # tokens: the command that drains takes seconds
+    greedy = {"temperature": 0, "min_tokens": number}
 
-    def ask_all(began=None):
+    def ask_all(meanwhile=lambda: None):
+        began = [threading.Event() for _ in kinds]
         with ThreadPoolExecutor(len(kinds)) as pool:
             streams = [
-                pool.submit(fleet.stream, f"Who was {one}", number, began and began[one], temperature=0,
-                            min_tokens=number, **kind)
+                pool.submit(fleet.stream, f"Who was {one}", number, began[one], **greedy, **kind)
                 for one, kind in enumerate(kinds)
-            ]  # fmt: skip
-            if began:
-                assert all(event.wait(180) for event in began)
-                fleet.drain(next(node["node"] for node in fleet.state()["nodes"] if node["models"]["m"]["leases"]))
+            ]
+            assert all(event.wait(180) for event in began)
+            meanwhile()
             return [stream.result() for stream in streams]
+
+    def drain():
+        """The node whose engine has most in flight. That is suspended, so that others have to make the rest."""
+        nonlocal moved
+        processes = {engine["node"]: engine_processes(engine) for engine in fleet.engines()}
+        suspended = set(itertools.chain(*processes.values()))
+        try:
+            for process in suspended:
+                process.suspend()
+            time.sleep(1.0)  # in which arrives what they have sent
+            node = max(processes, key=fleet.leases)
+            if moved := fleet.leases(node):
+                fleet.drain(node)
+                for process in suspended.difference(processes[node]):
+                    process.resume()
+                fleet.wait(lambda: fleet.leases(node) == 0, "all streams have moved")
+        finally:
+            for process in suspended:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     with ThreadPoolExecutor(12) as pool:  # more than one engine has room for
         assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(), range(12)))
     fleet.wait(lambda: [engine["stage"] for engine in fleet.engines()] == [3, 3], "both engines are whole")
     before = ask_all()
-    after = ask_all([threading.Event() for _ in kinds])
-    assert [text for text, _ in after] == [text for text, _ in before]
-    assert fleet.state()["counts"]["moved"] >= 1
+    for _ in range(5):  # where we wait for a processor, all may have been answered before anything is suspended
+        after = ask_all(drain)
+        assert [text for text, _ in after] == [text for text, _ in before]
+        if moved:
+            break
+    counts = fleet.state()["counts"]
+    assert 1 <= moved <= counts.get("moved", 0) + counts.get("lost", 0)  # lost: who waits longer does not answer
     tokens = [[token for event in events for token in tokens_in(event)] for _, events in (before[2], after[2])]
     assert tokens[0] == tokens[1] and len(tokens[0]) == number
     assert after[3][1][-1]["usage"] == before[3][1][-1]["usage"]
