@@ -866,7 +866,7 @@ class stock_server:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
         command += ["--enforce-eager", "--port", str(port), "--kv-cache-memory-bytes", str(1 << 28)]
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, process_group=0)
 
     def __enter__(self) -> str:
         deadline = time.monotonic() + 300

@@ -279,7 +279,11 @@ def test_compiled_later_equals_stock(split_tiny, tmp_path):
 
 
 class Server:
-    """progressive_serve.py as a user starts it."""
+    """progressive_serve.py as a user starts it, in a process group of its own.
+
+    Not in a session of its own: Linux divides processors among sessions (sched_autogroup), and on two cores those of
+    vLLM's processes that spin have kept everybody else waiting for seconds.
+    """
 
     def __init__(self, checkpoint: Path, log: Path, *options: str, kv_cache=KV_CACHE, **env: str):
         port = free_port()
@@ -287,7 +291,7 @@ class Server:
         command = [sys.executable, str(SERVER), str(checkpoint), "--port", str(port), *SERVER_OPTIONS]
         command += [*kv_cache, *options]
         with open(log, "wb") as file:
-            io = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            io = {"stdout": file, "stderr": subprocess.STDOUT, "process_group": 0}
             self.process = subprocess.Popen(command, env={**os.environ, **env}, **io)
 
     def hold_reader(self, after: str = "resident") -> psutil.Process:

@@ -44,7 +44,7 @@ class Process:
         self.log = log
         command = [sys.executable, str(script), *map(str, arguments)]
         with open(log, "wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, **options)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, process_group=0, **options)
 
     def says(self, text: str) -> bool:
         found = text in self.log.read_text()
