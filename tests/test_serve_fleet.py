@@ -745,17 +745,15 @@ def command_of(process: psutil.Process) -> str:
     return ""
 
 
+def roots_of(engine: dict) -> list[psutil.Process]:
+    """Who has an engine's port on the command line: with a standby, who asked it and what became of it."""
+    port = engine["url"].rsplit(":", 1)[1]
+    return [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
+
+
 def engine_process(engine: dict) -> psutil.Process:
-    port = engine["url"].rsplit(":", 1)[1]
-    (found,) = [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
+    (found,) = roots_of(engine)
     return found
-
-
-def engine_processes(engine: dict) -> list[psutil.Process]:
-    """All of an engine: with a standby, also what it was started by and what became of that."""
-    port = engine["url"].rsplit(":", 1)[1]
-    roots = [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
-    return [process for root in roots for process in (root, *root.children(recursive=True))]
 
 
 def test_streams_go_on_when_their_engine_is_killed(fleet):
@@ -1084,7 +1082,10 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
     def drain():
         """The node whose engine has most in flight. That is suspended, so that others have to make the rest."""
         nonlocal moved
-        processes = {engine["node"]: engine_processes(engine) for engine in fleet.engines()}
+        processes = {
+            engine["node"]: [one for root in roots_of(engine) for one in (root, *root.children(recursive=True))]
+            for engine in fleet.engines()
+        }
         suspended = set(itertools.chain(*processes.values()))
         try:
             for process in suspended:
@@ -1111,7 +1112,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
         if moved:
             break
     counts = fleet.state()["counts"]
-    assert 1 <= moved <= counts.get("moved", 0) + counts.get("lost", 0)  # lost: who waits longer does not answer
+    assert 1 <= moved <= counts.get("moved", 0) + counts.get("lost", 0)  # lost: who waits for long looks like it
     tokens = [[token for event in events for token in tokens_in(event)] for _, events in (before[2], after[2])]
     assert tokens[0] == tokens[1] and len(tokens[0]) == number
     assert after[3][1][-1]["usage"] == before[3][1][-1]["usage"]
