@@ -159,14 +159,19 @@ def load_stage(checkpoint: Path, stage: int, dtype=torch.float32):
     return model
 
 
-def add_adapter(checkpoint: Path, stage: int, targets: list[str] | str, rank: int = 4, folder: str = "") -> Path:
-    """A random LoRA for a stage, made and saved by PEFT, that changes what the stage answers."""
+def add_adapter(
+    checkpoint: Path, stage: int, targets: list[str] | str, rank: int = 4, folder: str = "", source: Path | None = None
+) -> Path:
+    """A random LoRA for a stage, made and saved by PEFT, that changes what the stage answers.
+
+    source: the same checkpoint with all of its files, where this one is held.
+    """
     torch.manual_seed(stage)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
     )
     path = checkpoint / "adapters" / (folder or f"stage{stage}")
-    get_peft_model(load_stage(checkpoint, stage), config).save_pretrained(path)
+    get_peft_model(load_stage(source or checkpoint, stage), config).save_pretrained(path)
     return path
 
 
