@@ -13,7 +13,7 @@ import pytest
 import servers  # before whatever imports vLLM: see ENVIRON there
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from servers import ROOT, Held, Standby, Started, free_port, processes_of_tests, wait_for
+from servers import ROOT, Held, Standby, Started, age, free_port, processes_of_tests, wait_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +24,15 @@ sys.path.insert(0, str(ROOT))
 
 
 # ---- rules -----------------------------------------------------------------------------------------
+
+
+# Files run one by one on two workers: what takes long begins first, so that neither waits for the other at the end.
+LONGEST_FIRST = ("engine", "server", "serve_fleet", "planes", "standby", "serve_rooms", "bench_coldstart", "faults")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: else as they were collected
 
 
 def pytest_runtest_setup(item) -> None:
@@ -126,6 +135,12 @@ def split_tiny(tmp_path_factory) -> Path:
     done = run_script(SPLIT, make_llama(folder / "model"), folder / "checkpoint", "--layers", "1-2")
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint"
+
+
+@pytest.fixture
+def copied(split_tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
+    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
 
 
 def split_planes(model: Path, out: Path, *options) -> subprocess.CompletedProcess:
