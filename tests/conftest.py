@@ -139,6 +139,16 @@ def run_main(module, *arguments, cwd: Path = ROOT, **env: str) -> subprocess.Com
     return subprocess.CompletedProcess(command, code or 0, out.getvalue(), err.getvalue())
 
 
+def run_patched(module, patch: str, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Like run_script, with `patch` executed before main, where `script` is the module: to kill it at a known point."""
+    code = f"import signal, sys, {module.__name__} as script\n{patch}\nsys.exit(script.main())"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+
+
 def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, shard_size="5GB", **config) -> Path:
     """A tiny random checkpoint with a byte-level tokenizer, of a shape that vLLM's CPU kernels accept."""
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
