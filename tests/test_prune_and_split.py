@@ -1,4 +1,7 @@
-"""prune_and_split.py: the scores against a naive computation, the output bit for bit, bad input, kills, full disks."""
+"""prune_and_split.py: the scores against a naive computation, the output bit for bit, bad input, kills, full disks.
+
+No engine. About 15 seconds. A scoring run, killed runs and runs that fill a disk are processes, all others are not.
+"""
 
 import csv
 import fcntl

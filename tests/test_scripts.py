@@ -1,4 +1,7 @@
-"""What the scripts have in common: small helpers, copied word for word, since none of them imports another."""
+"""What the scripts have in common: small helpers, copied word for word, since none of them imports another.
+
+No engine; it reads the scripts' source.
+"""
 
 import ast
 from collections import defaultdict
