@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -139,14 +140,12 @@ def run_main(module, *arguments, cwd: Path = ROOT, **env: str) -> subprocess.Com
     return subprocess.CompletedProcess(command, code or 0, out.getvalue(), err.getvalue())
 
 
-def run_patched(module, patch: str, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run_patched(module, patch: str, *arguments, cwd: Path = ROOT, **env: str):
     """Like run_script, with `patch` executed before main, where `script` is the module: to kill it at a known point."""
     code = f"import signal, sys, {module.__name__} as script\n{patch}\nsys.exit(script.main())"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, check=False
-    )
+    env = {**servers.ENVIRON, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
 
 
 def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, shard_size="5GB", **config) -> Path:

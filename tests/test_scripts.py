@@ -4,6 +4,7 @@ No engine; it reads the scripts' source.
 """
 
 import ast
+import functools
 from collections import defaultdict
 
 import pytest
@@ -23,6 +24,7 @@ COPIED = (
 )
 
 
+@functools.cache
 def definitions() -> dict[str, dict[str, str]]:
     """name -> script -> source text of the functions and classes at the top level."""
     found = defaultdict(dict)

@@ -170,9 +170,8 @@ script.loss_on_progress_bar = Kill
 
 
 @pytest.fixture
-def one_thread(monkeypatch):
+def one_thread():
     """Sums that do not depend on the number of threads, which another file's tests may have changed in this process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -184,7 +183,7 @@ def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, one_threa
     whole = Path(shutil.copytree(checkpoint, tmp_path / "whole"))
     assert run_main(train_adapters, whole, *options).returncode == 0
     # Killed once a checkpoint was seen, a run had now and then ended before.
-    killed = run_patched(train_adapters, KILLED_IN_STEP_8, checkpoint, *options)
+    killed = run_patched(train_adapters, KILLED_IN_STEP_8, checkpoint, *options, OMP_NUM_THREADS="1")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     working = checkpoint / "adapters" / ".stage1.training"
     assert json.loads((working / "checkpoint-7" / "trainer_state.json").read_text())["global_step"] == 7
