@@ -1,6 +1,6 @@
 """What the scripts have in common: small helpers, copied word for word, since none of them imports another.
 
-No engine; it reads the scripts' source.
+No engine. A second: it reads the scripts' source.
 """
 
 import ast
