@@ -247,7 +247,7 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
     number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
     seconds, folder = chance.uniform(0, KILL_SECONDS), Path(tempfile.mkdtemp(prefix="soak-"))
     row = {"kind": checkpoint.name, "from_standby": bool(standby), "signal": number.name, "seconds": round(seconds, 3)}
-    server = Server(log, checkpoint, *SERVED, standby=standby, env={**os.environ, "TMPDIR": str(folder)})
+    server = Server(log, checkpoint, *SERVED, standby=standby, env={"TMPDIR": str(folder)})
     try:
         end = time.monotonic() + seconds
         while time.monotonic() < end and server.process.poll() is None:
@@ -256,7 +256,9 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
         row["answered"] = (
             not row["ended_before"] and server.is_ready(3) and len(complete(server.url, ["Hello"], 4)[0]) == 4
         )
-        parents = [psutil.Process(server.process.pid)] + ([psutil.Process(standby.process.pid)] if standby else [])
+        row["log"] = server.tail() if row["ended_before"] else ""
+        running = [one for one in (server, standby) if one and one.process.poll() is None]
+        parents = [psutil.Process(one.process.pid) for one in running]
         processes = [child for parent in parents for child in parent.children(recursive=True)]
         shared = {path for process in processes for path in shared_memory(process)}
         server.process.send_signal(number)
