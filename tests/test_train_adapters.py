@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, PassLayer, load_stage, run_main, run_patched, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import train_adapters
 from prune_and_split import SYNTHETIC_SHAPES
@@ -178,7 +178,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, one_thread, tmp_path):
+def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, one_thread, tmp_path, monkeypatch):
     options = ["--dataset", dataset, "--stages", "1", *QUICK, "--max-steps", "12"]
     whole = Path(shutil.copytree(checkpoint, tmp_path / "whole"))
     assert run_main(train_adapters, whole, *options).returncode == 0
@@ -190,8 +190,16 @@ def test_interrupted_and_resumed_is_uninterrupted(checkpoint, dataset, one_threa
     assert not (checkpoint / "adapters" / "stage1").exists()
     done = run_main(train_adapters, checkpoint, *options, "--lr", "5", "--resume")
     assert done.returncode == 2 and "--lr 0.01" in done.stderr
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step + 1)
+
+    monkeypatch.setattr(train_adapters, "loss_on_progress_bar", Count)
     done = run_main(train_adapters, checkpoint, *options, "--resume")
     assert done.returncode == 0, done.stderr
+    assert steps == [8, 9, 10, 11, 12]  # from the start, it would end with the same weights
     names = [folder / "adapters" / "stage1" / "adapter_model.safetensors" for folder in (whole, checkpoint)]
     assert names[0].read_bytes() == names[1].read_bytes()
     curves = [json.loads(name.with_name("training.json").read_text())["loss"] for name in names]
