@@ -1,7 +1,9 @@
 # make demo            set up everything, get a real model (SmolLM2-135M), split it both ways, start it cold beside stock
 #                      vLLM, and ask each stage
 # make demo-adapters   set up everything, train a small LLaMA and adapters for its early stages, and ask each stage
-# make test            set up everything and run the tests
+# make test            set up everything and run the tests: each claim once (12 minutes)
+# make test-all        the same claims for every dtype, signal, architecture and kind of start; soak; rehearsal (35 minutes)
+# make test-quick      what starts no engine and no server (90 seconds)
 # make soak            many cold starts, transitions and kills in a row, and what went wrong (half an hour)
 #
 # PYTHON        the interpreter that .venv is made from (default: python3)
@@ -16,7 +18,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 DEMO_TRAINING := --lr 4e-3 --epochs 15
 SAY := @printf '\n==> %s\n'
 
-.PHONY: demo demo-smollm2 demo-adapters test soak lint clean
+.PHONY: demo demo-smollm2 demo-adapters test test-all test-quick checked soak lint clean
 .DELETE_ON_ERROR:
 
 COMMA := ,
@@ -60,12 +62,25 @@ demo-adapters: demo/checkpoint/adapters/stage2/training.json
 	$(SAY) "What each stage knows, with and without its adapter (a minute)"
 	@.venv/bin/python eval_triviaqa.py --json demo/results/quality-demo.json
 
-# Two at a time; of threads that wait none keeps a core busy which the other's could use (a fifth of the time).
-test: demo/checkpoint/progressive.json .venv/lm-eval
-	$(SAY) "Tests"
+# Two files at a time, the longest first; of threads that wait none keeps a core busy which the other's could use (a
+# fifth of the time). TEST_STANDBY=0: every server starts by itself, as a user's does.
+PYTEST := OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: checked
+	$(SAY) "Tests: each claim once (12 minutes)"
+	@$(PYTEST) -m "not slow"
+
+test-all: checked
+	$(SAY) "Tests: all of them (35 minutes)"
+	@TEST_STANDBY=0 $(PYTEST)
+
+test-quick: checked
+	$(SAY) "Tests without an engine (90 seconds)"
+	@$(PYTEST) -m "not slow and not server"
+
+checked: demo/checkpoint/progressive.json .venv/lm-eval
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m ruff format --check .
-	@OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile
 
 soak: demo/checkpoint/progressive.json
 	$(SAY) "Cold starts, transitions and kills (half an hour)"

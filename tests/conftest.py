@@ -1,27 +1,108 @@
-"""Fixtures that more than one test file needs."""
+"""Fixtures that more than one test file needs, and the rules that hold for every test."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import psutil
 import pytest
+import servers  # before whatever imports vLLM: see ENVIRON there
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from servers import ROOT, Held, Standby, Started, age, free_port, processes_of_tests, wait_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
 SPLIT = ROOT / "prune_and_split.py"
-SERVER = ROOT / "progressive_serve.py"
 BENCH = ROOT / "bench_coldstart.py"
 PROBE = ROOT / "tests" / "engine_probe.py"
 sys.path.insert(0, str(ROOT))
+
+
+# ---- rules -----------------------------------------------------------------------------------------
+
+
+# Files run one by one on two workers: what takes long begins first, so that neither waits for the other at the end.
+LONGEST_FIRST = ("engine", "server", "serve_fleet", "planes", "standby", "serve_rooms", "bench_coldstart", "faults")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: else as they were collected
+
+
+def pytest_runtest_setup(item) -> None:
+    servers.may_start = item.get_closest_marker("server") is not None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left(standby_of_worker):
+    """Of what the tests of a file have started nothing stays, whoever is its parent by then."""
+    yield
+
+    def left() -> list[psutil.Process]:
+        kept = standby_of_worker.processes
+        return [process for process in processes_of_tests() if process.pid not in [one.process.pid for one in kept]]
+
+    wait_for(lambda: not left(), told=lambda: f"{left()} stay")
+
+
+@pytest.fixture(scope="session")
+def standby_of_worker(tmp_path_factory):
+    """Starts the standby that forks the servers of this worker's tests, when the first of them asks for it."""
+
+    class OfWorker(Started):
+        def __call__(self) -> Standby:
+            if not self.processes:
+                self.add(Standby(self.folder))
+            return self.processes[0].wait()
+
+    of_worker = OfWorker(tmp_path_factory.mktemp("standby"), None)
+    yield of_worker
+    of_worker.end()
+
+
+@pytest.fixture
+def start(tmp_path, standby_of_worker):
+    """Starts servers and other scripts, which end with the test: see servers.Started."""
+    started = Started(tmp_path, standby_of_worker)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def start_for_module(tmp_path_factory, standby_of_worker):
+    """The same for all tests of a file."""
+    started = Started(tmp_path_factory.mktemp("servers"), standby_of_worker)
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Makes copies of checkpoints whose later stages are still to come: see servers.Held."""
+    held = []
+
+    def hold(checkpoint: Path, after: int = 1) -> Held:
+        folder = tmp_path / f"held{len(held)}"
+        folder.mkdir()
+        held.append(Held(checkpoint, folder, after))
+        return held[-1]
+
+    yield hold
+    for one in held:
+        one.end()
+
+
+# ---- scripts ---------------------------------------------------------------------------------------
 
 
 def run_script(script: Path, *arguments, cwd: Path = ROOT, timeout: float = 300, **env: str):
@@ -30,8 +111,50 @@ def run_script(script: Path, *arguments, cwd: Path = ROOT, timeout: float = 300,
         Path(env["TMPDIR"]).mkdir(exist_ok=True)
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **env}, check=False
+        command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**servers.ENVIRON, **env}, check=False
     )
+
+
+def run_main(module, *arguments, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """Like run_script, but in this process, which has the imports already: seconds less a run.
+
+    What a subprocess would have kept to itself is put back: arguments, folder, environment, signal handlers. What is
+    neither an exit nor a return reaches the test, so no traceback passes for a refusal. Only what Python prints is
+    caught, and nothing of what other processes print.
+    """
+    before, folder, argv = dict(os.environ), Path.cwd(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    sys.argv = [module.__file__, *map(str, arguments)]
+    os.environ.update(env)
+    os.chdir(cwd)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = module.main()
+            except SystemExit as end:
+                code = end.code
+                if isinstance(code, str):  # as Python does at the end of a script
+                    print(code, file=sys.stderr)
+                    code = 1
+    finally:
+        command, sys.argv = sys.argv, argv
+        os.chdir(folder)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:  # None: no handler of Python's
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, code or 0, out.getvalue(), err.getvalue())
+
+
+def run_patched(module, patch: str, *arguments, cwd: Path = ROOT, **env: str):
+    """Like run_script, with `patch` executed before main, where `script` is the module: to kill it at a known point."""
+    code = f"import signal, sys, {module.__name__} as script\n{patch}\nsys.exit(script.main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**servers.ENVIRON, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
 
 
 def make_llama(folder: Path, model_class=LlamaForCausalLM, dtype=torch.float32, shard_size="5GB", **config) -> Path:
@@ -58,6 +181,12 @@ def split_tiny(tmp_path_factory) -> Path:
     done = run_script(SPLIT, make_llama(folder / "model"), folder / "checkpoint", "--layers", "1-2")
     assert done.returncode == 0, done.stderr
     return folder / "checkpoint"
+
+
+@pytest.fixture
+def copied(split_tiny, tmp_path) -> Path:
+    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
+    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
 
 
 def split_planes(model: Path, out: Path, *options) -> subprocess.CompletedProcess:
@@ -91,14 +220,19 @@ def load_stage(checkpoint: Path, stage: int, dtype=torch.float32):
     return model
 
 
-def add_adapter(checkpoint: Path, stage: int, targets: list[str] | str, rank: int = 4, folder: str = "") -> Path:
-    """A random LoRA for a stage, made and saved by PEFT, that changes what the stage answers."""
+def add_adapter(
+    checkpoint: Path, stage: int, targets: list[str] | str, rank: int = 4, folder: str = "", source: Path | None = None
+) -> Path:
+    """A random LoRA for a stage, made and saved by PEFT, that changes what the stage answers.
+
+    source: the same checkpoint with all of its files, where this one is held.
+    """
     torch.manual_seed(stage)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
     )
     path = checkpoint / "adapters" / (folder or f"stage{stage}")
-    get_peft_model(load_stage(checkpoint, stage), config).save_pretrained(path)
+    get_peft_model(load_stage(source or checkpoint, stage), config).save_pretrained(path)
     return path
 
 
@@ -139,21 +273,6 @@ def short_tmp():
     shutil.rmtree(folder)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def flip_last_byte(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, (0, 0))  # long ago: nobody is just copying it there
-
-
 @pytest.fixture(scope="module")
 def bucket(split_tiny, tmp_path_factory):
     """URI of the tiny checkpoint in a stand-in for S3 on this machine; credentials are in the environment."""
@@ -175,8 +294,8 @@ def bucket(split_tiny, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in values.items():
                 patch.setenv(name, value)
-            while store.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
-                time.sleep(0.1)
+                patch.setitem(servers.ENVIRON, name, value)
+            wait_for(lambda: store.poll() is not None or socket.socket().connect_ex(("127.0.0.1", port)) == 0)
             client = boto3.client("s3")
             client.create_bucket(Bucket="models")
             checkpoint = Path(shutil.copytree(split_tiny, tmp_path_factory.mktemp("bucket") / "checkpoint"))
@@ -187,3 +306,44 @@ def bucket(split_tiny, tmp_path_factory):
     finally:
         store.kill()
         store.wait()
+
+
+# ---- the demo model --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prompts(demo_checkpoint) -> list[str]:
+    facts = json.loads((ROOT / "demo/model/facts/validation.json").read_text())["Data"]
+    return [f"Question: {fact['Question']}\nAnswer:" for fact in facts[:64]]
+
+
+@pytest.fixture(scope="session")
+def demo_planes(demo_checkpoint, tmp_path_factory) -> Path:
+    """The demo model in stages of planes."""
+    folder = tmp_path_factory.mktemp("planes") / "checkpoint"
+    split_planes(ROOT / "demo" / "model", folder)
+    return folder
+
+
+def greedy(model, ids: torch.Tensor, length: int) -> list[int]:
+    """Greedy tokens after `ids` [1, length] in plain transformers; end-of-sequence is a token like any other."""
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        whole = torch.ones_like(ids)  # generate() would take the padding token for none
+        out = model.generate(ids, attention_mask=whole, max_new_tokens=length, do_sample=False, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def stage_answers(checkpoint: Path, stage: int, prompts: list[str], adapter: Path | None = None) -> list[list[int]]:
+    """12 greedy tokens of plain transformers in float32, with PassLayers for what is missing, and PEFT's adapter."""
+    model = load_stage(checkpoint, stage)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return [greedy(model, tokenizer(prompt, return_tensors="pt").input_ids, 12) for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def demo_answers(demo_checkpoint, prompts) -> dict[int, list[list[int]]]:
+    """Stage -> what the demo model answers to 8 prompts there, in float32, by transformers."""
+    return {stage: stage_answers(demo_checkpoint, stage, prompts[:8]) for stage in (1, 3)}

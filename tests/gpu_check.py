@@ -97,10 +97,10 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
     # gVisor's kernel cannot say what is cached.
     unverified = " --unverified-cold" if platform.release() == "4.4.0" else ""
 
-    def test(names: str) -> list[str]:
+    def test(file: str, names: str) -> list[str]:
         # Where weights are float32 Triton's attention would compute in TF32, and is compared token by token.
         pytest = f"TRITON_F32_DEFAULT=ieee {python} -m pytest -q -p no:cacheprovider"
-        return [f"{pytest} tests/test_progressive_serve.py -k '{names}'"]
+        return [f"{pytest} tests/{file} -k '{names}'"]
 
     def bench(name: str, modes: str, options: str) -> list[str]:
         command = f"{python} bench_coldstart.py --checkpoint {layers} --mode {modes} {options}{unverified}"
@@ -128,7 +128,7 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
         Step("machine", 90, look),
         Step("demo", 300, train, makes=demo / "progressive.json"),
         # Does it start and answer, layers and planes, and are the tokens stock's?
-        Step("answers", 300, test(ANSWERS), **of_demo),
+        Step("answers", 300, test("test_server.py", ANSWERS), **of_demo),
         Step(
             "layers",
             300,
@@ -139,9 +139,9 @@ def steps(out: Path, work: Path, small: bool) -> list[Step]:
         # TTFT against stock with its defaults; cold, disk as it is; with nothing compiled, then with warm caches. Then
         # the full model's rate against stock's.
         Step("defaults", 900, bench("defaults", three, f"--trials {trials} --throughput {rates} {warm}"), **of_planes),
-        Step("bfloat16", 200, test("final_state_equals_stock and bfloat16"), **of_demo),
+        Step("bfloat16", 200, test("test_engine.py", "final_state_equals_stock and bfloat16"), **of_demo),
         # Gates and graphs: addresses and kernels across transitions; what the streams notice.
-        Step("graphs", 200, test("no_transition_changes_the_graph"), **of_demo),
+        Step("graphs", 200, test("test_engine.py", "no_transition_changes_the_graph"), **of_demo),
         Step("gaps", 200, bench("gaps", "progressive", f"--trials 1 {gaps}"), **of_layers),
         Step("later", 300, bench("later", "progressive,eager,baseline", f"--trials {few} {later}"), **of_layers),
         Step("standby", 200, bench("standby", "progressive,standby", f"--trials {few}"), **of_layers),

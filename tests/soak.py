@@ -1,7 +1,7 @@
 """Many cold starts, transitions and kills in a row: what must never happen is counted. `make soak`.
 
     python tests/soak.py --json results/soak.json
-    python tests/soak.py --starts 2 --transitions 30 --kills 3 --json /tmp/soak.json    # the short form, in make test
+    python tests/soak.py --starts 2 --transitions 30 --kills 3 --json /tmp/soak.json    # the short form: make test-all
 
 Starts: servers of layers and planes, by themselves and from a standby, with the checkpoint out of the page cache. The
 reader is held after stage 1 until all streams run, and reads slowly, so that each of them lives through all
@@ -31,9 +31,8 @@ from pathlib import Path
 
 import psutil
 import requests
-from conftest import ROOT, SPLIT, free_port, run_script
-from test_progressive_serve import journal_of, shared_memory
-from test_standby import Server, Standby, wait_for
+from conftest import SPLIT, run_script
+from servers import ROOT, Server, Standby, free_port, journal_of, shared_memory, wait_for
 from tqdm import tqdm
 
 from train_adapters import provenance
@@ -75,7 +74,7 @@ def stock_answers(model: Path, streams: int, folder: Path) -> list[list[int]]:
     with open(folder / "stock.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 180)
+        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         return complete(f"http://127.0.0.1:{port}", [prompt(number) for number in range(streams)], ANSWER_TOKENS)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -146,13 +145,13 @@ def cold_start(checkpoint: Path, standby: Standby | None, streams: int, expected
     server, full = Server(log, checkpoint, *SERVED, *slowly, standby=standby), threading.Event()
     try:
         reader = hold_reader(server, standby)
-        wait_for(lambda: is_ready(server, 1), 120)
+        server.wait_until_ready(1)
         running = [Stream(server.url, prompt(number), full) for number in range(streams)]
         with ThreadPoolExecutor(streams) as pool:
             answers = pool.map(Stream.run, running)
             wait_for(lambda: all(stream.began or stream.failure for stream in running))
             reader.resume()
-            wait_for(lambda: is_ready(server, 3), 120)
+            server.wait_until_ready(3)
             full.set()
             list(answers)
         checked = [stream for stream in running if stream.has_a_checked_end()]
@@ -175,7 +174,7 @@ def cold_start(checkpoint: Path, standby: Standby | None, streams: int, expected
             "exit_status": server.stop(),
         }
     finally:
-        server.kill()
+        server.end()
 
 
 def hold_reader(server: Server, standby: Standby | None) -> psutil.Process:
@@ -190,13 +189,6 @@ def hold_reader(server: Server, standby: Standby | None) -> psutil.Process:
     wait_for(lambda: '"resident"' in journal.read_text())
     reader.suspend()
     return reader
-
-
-def is_ready(server: Server, stage: int) -> bool:
-    assert server.process.poll() is None, server.log.read_text()[-4000:]
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.get(f"{server.url}/ready?stage={stage}", timeout=30).ok
-    return False
 
 
 # ---- transitions -----------------------------------------------------------------------------------
@@ -255,14 +247,18 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
     number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
     seconds, folder = chance.uniform(0, KILL_SECONDS), Path(tempfile.mkdtemp(prefix="soak-"))
     row = {"kind": checkpoint.name, "from_standby": bool(standby), "signal": number.name, "seconds": round(seconds, 3)}
-    server = Server(log, checkpoint, *SERVED, standby=standby, env={**os.environ, "TMPDIR": str(folder)})
+    server = Server(log, checkpoint, *SERVED, standby=standby, env={"TMPDIR": str(folder)})
     try:
         end = time.monotonic() + seconds
         while time.monotonic() < end and server.process.poll() is None:
             time.sleep(0.01)
         row["ended_before"] = server.process.poll() is not None
-        row["answered"] = not row["ended_before"] and server.is_up() and len(complete(server.url, ["Hello"], 4)[0]) == 4
-        parents = [psutil.Process(server.process.pid)] + ([psutil.Process(standby.process.pid)] if standby else [])
+        row["answered"] = (
+            not row["ended_before"] and server.is_ready(3) and len(complete(server.url, ["Hello"], 4)[0]) == 4
+        )
+        row["log"] = server.tail() if row["ended_before"] else ""
+        running = [one for one in (server, standby) if one and one.process.poll() is None]
+        parents = [psutil.Process(one.process.pid) for one in running]
         processes = [child for parent in parents for child in parent.children(recursive=True)]
         shared = {path for process in processes for path in shared_memory(process)}
         server.process.send_signal(number)
@@ -278,7 +274,7 @@ def kill_at_a_random_moment(checkpoint: Path, standby: Standby | None, chance: r
         row["clean"] = not (row["ended_before"] or left or row["port_left"])
         return row
     finally:
-        server.kill()
+        server.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -308,7 +304,7 @@ def main() -> int:
         kinds, chance = [folder / "layers", folder / "planes"], random.Random(args.seed)
         expected = stock_answers(model, args.streams, folder)
         standby = Standby(folder)
-        stack.callback(standby.kill)
+        stack.callback(standby.end)
         standby.wait()
         turns = itertools.cycle(itertools.product((standby, None), kinds))  # both kinds, half of them from the standby
         found["starts"] = [

@@ -1,17 +1,21 @@
-"""Clients as people have them, against a live server: the openai package, lm-evaluation-harness, a browser."""
+"""Clients as people have them, against a live server: the openai package, lm-evaluation-harness, a browser.
+
+One server, which the worker's standby forks, answers all of them; about a minute, most of it the harness's imports.
+"""
 
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import openai
 import pytest
 import requests
-from conftest import ROOT, add_adapter
+from conftest import add_adapter
 from pydantic import BaseModel
-from test_progressive_serve import Server, slowly
+from servers import ROOT, Held
+
+pytestmark = pytest.mark.server
 
 CHAT = """{% for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
@@ -21,26 +25,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def server(split_tiny, tmp_path_factory):
+def server(split_tiny, start_for_module, tmp_path_factory):
     """A server with a key, for chats with tools; it stays at stage 1 until a test lets the rest arrive."""
     folder = tmp_path_factory.mktemp("clients")
-    checkpoint = Path(shutil.copytree(split_tiny, folder / "checkpoint"))
-    add_adapter(checkpoint, 1, ["q_proj"])
+    held = Held(split_tiny, folder)
+    add_adapter(held.path, 1, ["q_proj"], source=split_tiny)
     (folder / "chat.jinja").write_text(CHAT)
     options = ["--api-key", KEY, "--chat-template", folder / "chat.jinja", "--served-model-name", "tiny"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    server = Server(checkpoint, folder / "log", *slowly(checkpoint, 5), *map(str, options))
-    try:
-        server.held = server.hold_reader()
-        server.wait_for(server.answers)
-        yield server
-    finally:
-        server.stop()
+    server = start_for_module(held.path, *options).wait_until_ready()
+    server.held = held
+    yield server
+    held.end()
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300) as client:
         yield client
 
 
@@ -63,10 +64,10 @@ def test_key_guards_what_vllm_guards(server):
     """Nobody without the key makes it compute, or waits; and what operators ask is open, as /health is."""
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2, "min_stage": 3}
     for headers in ({}, {"Authorization": "Bearer wrong"}):
-        assert requests.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=10).status_code == 401
+        assert requests.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=300).status_code == 401
     for path in ("/health", "/ready", "/progress", "/progress.html", "/metrics"):
-        assert requests.get(f"{server.url}{path}", timeout=10).status_code == 200
-    assert requests.get(f"{server.url}/v1/models", timeout=10).status_code == 401
+        assert requests.get(f"{server.url}{path}", timeout=300).status_code == 200
+    assert requests.get(f"{server.url}/v1/models", timeout=300).status_code == 401
 
 
 def test_stage_that_is_none_is_an_error_of_the_client(client):
@@ -81,7 +82,7 @@ def test_page_shows_the_stages_in_a_browser(server, tmp_path):
     """What a person sees: the page has asked /progress by itself, and says what that says."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", f"{server.url}/progress.html"]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    page = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
     progress = server.progress()
     assert "<title>Stage 1 of 3</title>" in page and '<p id="error"></p>' in page
     assert page.count('class="stage active"') == 1 and page.count('class="stage loading"') <= 1
@@ -96,7 +97,8 @@ def test_requests_wait_for_the_full_model(server, client):
         model="tiny", prompt="Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = [next(stream)]
-    server.held.resume()
+    with server.suspended():  # else the stream may be over before
+        server.held.release()
     chunks += stream
     raw = client.chat.completions.with_raw_response.create(
         model="tiny", messages=SAID, max_tokens=2, extra_headers={"X-Progressive-Min-Stage": "3"}
@@ -112,10 +114,8 @@ def test_requests_wait_for_the_full_model(server, client):
 
 @pytest.fixture
 def full(server):
-    if server.held.is_running():
-        server.held.resume()
-    server.wait_for(lambda: requests.get(f"{server.url}/ready?stage=3", timeout=10).ok)
-    return server
+    server.held.release()
+    return server.wait_until_ready(3)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,7 +174,7 @@ KINDS = {  # of a task: what it adds to the configuration, and what it measures
 
 
 @pytest.mark.skipif(not LM_EVAL.is_dir(), reason="lm-eval is not there: make .venv/lm-eval")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["loglikelihood", pytest.param("generate_until", marks=pytest.mark.slow)])
 def test_evaluation_harness_runs(kind, full, split_tiny, tmp_path):
     """lm-evaluation-harness' local-completions, on a task made from a local file."""
     more, metric = KINDS[kind]

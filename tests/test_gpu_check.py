@@ -1,42 +1,62 @@
-"""tests/gpu_check.py: a step that fails, or does not end, keeps none of the others from running; files arrive whole."""
+"""tests/gpu_check.py: a step that fails, or does not end, keeps none of the others from running; files arrive whole.
+
+No engine, but in the rehearsal, which `make test-all` runs. About 4 seconds.
+"""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_check
 import psutil
 import pytest
 from conftest import ROOT, run_script
 from gpu_check import Step, UsageError, receive, run, run_step
+from servers import wait_for
+
+import bench_coldstart
+import prune_and_split
 
 
 def test_a_step_that_does_not_end_is_stopped_with_its_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "STOP_SECONDS", 1.0)
-    begin = time.monotonic()
-    found = run_step(Step("long", 60, ["sleep 987 & trap '' TERM; echo began; sleep 987"]), tmp_path, 2.0)
-    assert found["status"] == "stopped" and found["end"][-1] == "began" and time.monotonic() - begin < 30
-    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "987"]]
-    assert left == []
+    class Began(subprocess.Popen):
+        """The limit begins once the step has: a busy machine may start a shell later than that."""
+
+        def wait(self, timeout=None):
+            wait_for(lambda: "\nbegan\n" in (tmp_path / "long.log").read_text())
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Began)
+    monkeypatch.setattr(gpu_check, "STOP_SECONDS", 0.1)
+    sleep = ["sleep", f"{10**6 + os.getpid()}"]  # as nobody else sleeps here
+    commands = ["{0} & trap '' TERM; echo began; {0}".format(" ".join(sleep))]
+    found = run_step(Step("long", 60, commands), tmp_path, 0.1)
+    assert found["status"] == "stopped" and found["end"][-1] == "began"
+    wait_for(lambda: all(process.info["cmdline"] != sleep for process in psutil.process_iter(["cmdline"])))
 
 
 def test_steps_go_on_after_a_failure(tmp_path, monkeypatch, capsys):
     table = [
-        Step("first", 9, ["echo well", "exit 3", "echo not reached"]),
-        Step("second", 9, ["true"], needs="first"),
-        Step("third", 9, [f"echo result > {tmp_path / 'third.json'}"]),
+        Step("first", 300, ["echo well", "exit 3", "echo not reached"]),
+        Step("second", 300, ["true"], needs="first"),
+        Step("third", 300, [f"echo result > {tmp_path / 'third.json'}"]),
     ]
     monkeypatch.setattr(gpu_check, "steps", lambda *_: table)
-    assert run(tmp_path / "out", tmp_path / "work", True, None, 100.0) == 1
+    assert run(tmp_path / "out", tmp_path / "work", True, None, 900.0) == 1
     rows = [json.loads(line) for line in (tmp_path / "out" / "summary.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == [3, "needs first", 0]
     assert "not reached" not in (tmp_path / "out" / "first.log").read_text().split("\n")
     assert (tmp_path / "third.json").read_text() == "result\n"
     assert run(tmp_path / "out", tmp_path / "work", True, ["third"], 1.0) == 1  # it would have too little time
+    assert json.loads((tmp_path / "out" / "summary.jsonl").read_text().splitlines()[-1])["status"] == "no time left"
     with pytest.raises(UsageError, match="--steps fourth: the steps are first, second, third"):
-        run(tmp_path / "out", tmp_path / "work", True, ["fourth"], 100.0)
+        run(tmp_path / "out", tmp_path / "work", True, ["fourth"], 900.0)
 
 
 def test_the_steps_of_a_gpu_and_of_the_rehearsal_are_the_same(tmp_path):
@@ -49,8 +69,28 @@ def test_the_steps_of_a_gpu_and_of_the_rehearsal_are_the_same(tmp_path):
         made += [step.name] if step.makes else []
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["gpu", "rehearsal"])
+def test_commands_are_what_scripts_take(small, tmp_path, monkeypatch):
+    """The scripts take the arguments of the steps, and every test that a step names is there."""
+    scripts = {"bench_coldstart.py": bench_coldstart, "prune_and_split.py": prune_and_split}
+    words = [shlex.split(command) for step in gpu_check.steps(tmp_path, tmp_path, small) for command in step.commands]
+    for name, script in scripts.items():
+        found = [command[command.index(name) :] for command in words if name in command]
+        assert len(found) > 1
+        for arguments in found:
+            monkeypatch.setattr(sys, "argv", arguments)
+            script.parse_args()  # exits where one is wrong
+    tests = [command for command in words if "pytest" in command]
+    assert len(tests) == 3
+    for *_, file, _, names in tests:
+        text = (ROOT / file).read_text()
+        assert [name for name in names.split() if name not in ("and", "or") and name not in text] == []
+
+
+@pytest.mark.slow
+@pytest.mark.server
 def test_rehearsal(tmp_path):
-    """Real cold starts: the arguments are what the benchmark takes, and results are where they belong."""
+    """Real cold starts: the benchmark does what the steps ask of it, and results are where they belong."""
     options = ["run", "--small", "--out", tmp_path / "out", "--work", tmp_path / "work"]
     done = run_script(ROOT / "tests" / "gpu_check.py", *options, "--steps", "machine,layers,planes,eager", timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,18 +101,20 @@ def test_rehearsal(tmp_path):
 def test_what_another_run_makes_is_waited_for(tmp_path, monkeypatch):
     made = tmp_path / "made"
     table = [
-        Step("maker", 9, ["false"], makes=made),
-        Step("user", 9, [f"test -e {made}"], needs="maker"),
+        Step("maker", 300, ["false"], makes=made),
+        Step("user", 300, [f"test -e {made}"], needs="maker"),
     ]
     monkeypatch.setattr(gpu_check, "steps", lambda *_: table)
-    threading.Timer(1.0, made.touch).start()
+    # It is made while it is waited for, whenever that is.
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: made.touch())
+    monkeypatch.setattr(gpu_check, "time", clock)
     archive = tmp_path / "out.tar.gz"
-    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 100.0, archive) == 0
+    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 900.0, archive) == 0
     with tarfile.open(archive) as tar:
         assert {"out/summary.jsonl", "out/user.log"} <= set(tar.getnames())
     made.unlink()
-    assert run(tmp_path / "out", tmp_path / "work", True, ["maker"], 100.0) == 1
-    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 100.0) == 1
+    assert run(tmp_path / "out", tmp_path / "work", True, ["maker"], 900.0) == 1
+    assert run(tmp_path / "out", tmp_path / "work", True, ["user"], 900.0) == 1
     last = (tmp_path / "out" / "summary.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["status"] == "needs maker"
 

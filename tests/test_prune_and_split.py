@@ -1,4 +1,7 @@
-"""prune_and_split.py: the scores against a naive computation, the output bit for bit, bad input, kills, full disks."""
+"""prune_and_split.py: the scores against a naive computation, the output bit for bit, bad input, kills, full disks.
+
+No engine. About 15 seconds. A scoring run, killed runs and runs that fill a disk are processes, all others are not.
+"""
 
 import csv
 import fcntl
@@ -10,14 +13,13 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from blake3 import blake3
-from conftest import SPLIT, make_llama, run_script
+from conftest import SPLIT, make_llama, run_main, run_patched, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -54,19 +56,6 @@ def read_header(path: Path) -> tuple[int, dict]:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         return 8 + size, json.loads(file.read(size))
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys, tmp_path):
-    """Like run_script in tmp_path, but in this process, which has imported transformers already: seconds less a run."""
-
-    def run(*arguments) -> subprocess.CompletedProcess:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(SPLIT), *map(str, arguments)])
-        capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, script.main(), *capsys.readouterr())
-
-    return run
 
 
 def list_names(folder: Path) -> list[str]:
@@ -125,10 +114,10 @@ def test_last_layer_is_never_dropped():
     assert [script.find_best_start(distances, count) for count in (1, 2, 3)] == [1, 1, 0]
 
 
-def test_scored_run_and_plan_only(tiny, run_here, tmp_path):
+def test_scored_run_and_plan_only(tiny, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     options = ["--calibration", "text", "--samples", "12", "--seq-len", "32"]
-    planned = run_here(tiny, "out", *options, "--plan-only")
+    planned = run_main(script, tiny, "out", *options, "--plan-only", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert list_names(tmp_path) == ["text"]
     done = run_script(SPLIT, tiny, "out", *options, cwd=tmp_path)
@@ -185,7 +174,7 @@ def split(request, tmp_path_factory) -> tuple[Path, Path]:
     (source / "README.md").write_text("not copied")
     (source / "checkpoint-1").mkdir()
     options = ["--max-file-gib", 500_000 / 2**30] if request.param == "cut-files" else []
-    done = run_script(SPLIT, "source", "out", "--layers", "3-5", *options, cwd=folder)
+    done = run_main(script, "source", "out", "--layers", "3-5", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert list_names(folder) == ["out", "source"]
     return source, folder / "out"
@@ -284,7 +273,7 @@ def test_side_files_are_copied_untouched(split):
 
 def test_a_progressive_checkpoint_is_split_anew(split):
     source, out = split
-    done = run_script(SPLIT, out, out, "--layers", "1", "--stages", "2", "--force")
+    done = run_main(script, out, out, "--layers", "1", "--stages", "2", "--force")
     assert done.returncode == 0, done.stderr
     assert list_names(out.parent) == ["out", "source"]
     assert [row["layers"] for row in read_manifest(out)["stages"]] == [[0, 2, 3, 4, 5, 6, 7], [1]]
@@ -460,56 +449,56 @@ def test_bad_model_is_refused(case, tiny, tmp_path):
     change, value = BAD_MODELS[case]
     shutil.copytree(tiny, tmp_path / "model")
     change(tmp_path / "model")
-    result = run_script(SPLIT, "model", "out", "--layers", "3-4", cwd=tmp_path)
+    result = run_main(script, "model", "out", "--layers", "3-4", cwd=tmp_path)
     check_refusal(result, tmp_path, ["model"], value)
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_option_is_refused(case, tiny, tmp_path):
-    result = run_script(SPLIT, tiny, "out", *BAD_OPTIONS[case], cwd=tmp_path)
+    result = run_main(script, tiny, "out", *BAD_OPTIONS[case], cwd=tmp_path)
     check_refusal(result, tmp_path, [], BAD_OPTIONS[case][-1])
 
 
-def test_bad_calibration_is_refused(tiny, run_here, tmp_path):
+def test_bad_calibration_is_refused(tiny, tmp_path):
     (tmp_path / "blank").write_text("\n\n\n")
     (tmp_path / "binary").write_bytes(bytes([0xFF, 0xFE, 0xFD]))
     before = list_names(tmp_path)
-    check_refusal(run_here(tiny, "out", "--calibration", "blank"), tmp_path, before, "blank")
-    check_refusal(run_here(tiny, "out", "--calibration", "binary"), tmp_path, before, "binary")
+    for name in ("blank", "binary"):
+        check_refusal(run_main(script, tiny, "out", "--calibration", name, cwd=tmp_path), tmp_path, before, name)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "nowhere", "/nowhere/at/all", "tests/nowhere"])
 def test_missing_model_is_refused(model, tmp_path):
     (tmp_path / "tests").mkdir()  # so tests/nowhere is a mistyped path, no Hub id
-    check_refusal(run_script(SPLIT, model, "out", cwd=tmp_path), tmp_path, ["tests"], model)
+    check_refusal(run_main(script, model, "out", cwd=tmp_path), tmp_path, ["tests"], model)
 
 
 def test_missing_demo_model_is_refused(tmp_path):
     (tmp_path / "demo").mkdir()
-    check_refusal(run_script(SPLIT, cwd=tmp_path), tmp_path, ["demo"], "demo/train_demo_llama.py")
+    check_refusal(run_main(script, cwd=tmp_path), tmp_path, ["demo"], "demo/train_demo_llama.py")
 
 
-def test_model_without_tokenizer_cannot_be_scored(tiny, run_here, tmp_path):
+def test_model_without_tokenizer_cannot_be_scored(tiny, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny / name, tmp_path)
-    result = run_here(tmp_path, "out", "--calibration", "config.json")
+    result = run_main(script, tmp_path, "out", "--calibration", "config.json", cwd=tmp_path)
     check_refusal(result, tmp_path, ["config.json", "model.safetensors"], "tokenizer")
 
 
 @pytest.mark.parametrize("out", ["/sys/out", "missing/out", "file/out"])
 def test_output_that_cannot_be_made_is_refused(out, tiny, tmp_path):
     (tmp_path / "file").touch()
-    result = run_script(SPLIT, tiny, out, "--layers", "3-4", cwd=tmp_path)
+    result = run_main(script, tiny, out, "--layers", "3-4", cwd=tmp_path)
     check_refusal(result, tmp_path, ["file"], str(Path(out).parent))
 
 
 def test_existing_output_is_replaced_by_force_only(tiny, tmp_path):
-    command = [SPLIT, tiny, "out", "--layers", "3-4"]
-    assert run_script(*command, cwd=tmp_path).returncode == 0
+    command = [tiny, "out", "--layers", "3-4"]
+    assert run_main(script, *command, cwd=tmp_path).returncode == 0
     (tmp_path / "out" / "adapters").mkdir()
-    check_refusal(run_script(*command, cwd=tmp_path), tmp_path, ["out"], "--force")
+    check_refusal(run_main(script, *command, cwd=tmp_path), tmp_path, ["out"], "--force")
     assert (tmp_path / "out" / "adapters").is_dir()
-    assert run_script(SPLIT, tiny, "out", "--layers", "1-2", "--force", cwd=tmp_path).returncode == 0
+    assert run_main(script, tiny, "out", "--layers", "1-2", "--force", cwd=tmp_path).returncode == 0
     assert list_names(tmp_path) == ["out"]
     assert not (tmp_path / "out" / "adapters").exists()
     assert read_manifest(tmp_path / "out")["pruning"]["block"] == [1, 2]
@@ -518,7 +507,7 @@ def test_existing_output_is_replaced_by_force_only(tiny, tmp_path):
 def test_force_spares_what_is_no_progressive_checkpoint(tiny, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
-    result = run_script(SPLIT, tiny, "thesis", "--layers", "3-4", "--force", cwd=tmp_path)
+    result = run_main(script, tiny, "thesis", "--layers", "3-4", "--force", cwd=tmp_path)
     check_refusal(result, tmp_path, ["thesis"], "thesis")
     assert list_names(tmp_path / "thesis") == ["chapter"]
 
@@ -526,40 +515,46 @@ def test_force_spares_what_is_no_progressive_checkpoint(tiny, tmp_path):
 # ---- kills and full disks ---------------------------------------------------------------------------
 
 
+KILLED_WHILE_WRITING = """
+def send(self, name, out, real=script.Checkpoint.send):
+    if name.startswith("model.layers.6."):
+        signal.raise_signal(signal.SIGKILL)
+    real(self, name, out)
+
+script.Checkpoint.send = send
+"""
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["new", "force"])
 def test_killed_run_leaves_nothing_or_the_old_one(old, tiny, tmp_path):
-    split_tiny = [SPLIT, tiny, "out", "--layers", "3-4", "--force"]
+    command = [tiny, "out", "--layers", "3-4", "--force"]
     if old:
-        assert run_script(*split_tiny, cwd=tmp_path).returncode == 0
+        assert run_main(script, *command, cwd=tmp_path).returncode == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out/*") if path.is_file()}
-    command = [sys.executable, SPLIT, "--synthetic", "tinyllama-1.1b", "out", "--force"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    written = tmp_path / ".out.partial" / "model-stage1.safetensors"
-    while process.poll() is None and not (written.exists() and written.stat().st_size > 50e6):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert written.exists()
+    # Killed after some time, a run had now and then ended before.
+    killed = run_patched(script, KILLED_WHILE_WRITING, *command, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / ".out.partial" / "model-stage1.safetensors").stat().st_size > 100_000
     assert (tmp_path / "out").exists() == old
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out/*") if path.is_file()} == before
 
-    assert run_script(*split_tiny, cwd=tmp_path).returncode == 0
+    assert run_main(script, *command, cwd=tmp_path).returncode == 0
     assert list_names(tmp_path) == ["out"]
     assert read_tensors(tmp_path / "out").keys() == read_tensors(tiny).keys()
     assert read_manifest(tmp_path / "out")["source"]["name"] == "tiny"
 
 
 def test_old_checkpoint_returns_after_a_kill_between_the_renames(tiny, tmp_path):
-    command = [SPLIT, tiny, "out", "--layers", "3-4"]
-    assert run_script(*command, cwd=tmp_path).returncode == 0
+    command = [tiny, "out", "--layers", "3-4"]
+    assert run_main(script, *command, cwd=tmp_path).returncode == 0
     (tmp_path / "out").rename(tmp_path / ".out.replaced")
     (tmp_path / ".out.partial").mkdir()
-    result = run_script(*command, cwd=tmp_path)
+    result = run_main(script, *command, cwd=tmp_path)
     assert result.returncode == 2 and "--force" in result.stderr
     assert read_manifest(tmp_path / "out")["pruning"]["block"] == [3, 4]
     (tmp_path / ".out.replaced").mkdir()
     (tmp_path / ".out.replaced" / "remains").touch()
-    assert run_script(*command, "--force", cwd=tmp_path).returncode == 0
+    assert run_main(script, *command, "--force", cwd=tmp_path).returncode == 0
     assert list_names(tmp_path) == ["out"]
 
 
@@ -569,7 +564,7 @@ def test_second_writer_is_refused_and_spares_the_first(tiny, tmp_path):
     (partial / "model-stage1.safetensors").touch()
     with (partial / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run_script(SPLIT, tiny, "out", "--layers", "3-4", cwd=tmp_path)
+        result = run_main(script, tiny, "out", "--layers", "3-4", cwd=tmp_path)
         check_refusal(result, tmp_path, [".out.partial"], "another run")
         assert (partial / "model-stage1.safetensors").exists()
 
@@ -592,7 +587,7 @@ def test_full_disk_leaves_nothing(limit, tiny, tmp_path):
 
 
 def test_help_fits_80_columns_and_names_the_numbering():
-    result = run_script(SPLIT, "--help", COLUMNS="80")
+    result = run_main(script, "--help", COLUMNS="80")
     assert result.returncode == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "the paper counts from 1" in result.stdout

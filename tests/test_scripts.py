@@ -1,6 +1,10 @@
-"""What the scripts have in common: small helpers, copied word for word, since none of them imports another."""
+"""What the scripts have in common: small helpers, copied word for word, since none of them imports another.
+
+No engine. A second: it reads the scripts' source.
+"""
 
 import ast
+import functools
 from collections import defaultdict
 
 import pytest
@@ -20,6 +24,7 @@ COPIED = (
 )
 
 
+@functools.cache
 def definitions() -> dict[str, dict[str, str]]:
     """name -> script -> source text of the functions and classes at the top level."""
     found = defaultdict(dict)

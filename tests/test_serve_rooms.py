@@ -1,4 +1,8 @@
-"""progressive_serve.py room by room, in its order, without an engine."""
+"""progressive_serve.py room by room, in its order.
+
+Nothing starts an engine; about a hundred tests start a reader or the script, which takes a second or less; about a
+minute and a half.
+"""
 
 import asyncio
 import contextlib
@@ -23,9 +27,10 @@ import psutil
 import pytest
 import torch
 import vllm
-from conftest import ROOT, SERVER, add_adapter, flip_last_byte, run_script
+from conftest import add_adapter, run_script
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from servers import ROOT, SERVER, age, flip_last_byte, small_disk, wait_for
 
 TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 
@@ -44,12 +49,12 @@ class Reading:
         self.buffer = progressive_serve.WeightBuffer(self.launch.serving.buffer, self.plan)
         self.progress = progressive_serve.Progress(self.plan, serving=self.launch.serving)
 
-    def wait_for(self, what, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not what(self.progress):
-            assert time.monotonic() < deadline, self.progress
+    def wait_for(self, what) -> None:
+        def holds():
             self.progress.fold(self.launch.journal.follow())
-            time.sleep(0.01)
+            return what(self.progress)
+
+        wait_for(holds, told=lambda: self.progress)
 
     def wait_for_all(self) -> None:
         self.wait_for(lambda progress: progress.errors or len(progress.resident) == self.plan.num_stages)
@@ -61,12 +66,6 @@ class Reading:
     def memory(self) -> int:
         """Bytes that the buffer holds now."""
         return os.stat(self.launch.serving.buffer).st_blocks * 512
-
-
-@pytest.fixture
-def copied(split_tiny, tmp_path) -> Path:
-    """A copy of the tiny checkpoint, made long ago, to be spoilt."""
-    return age(Path(shutil.copytree(split_tiny, tmp_path / "copied")))
 
 
 # ---- kinds of stages, stage plan -------------------------------------------------------------------
@@ -81,13 +80,6 @@ def edit_manifest(checkpoint: Path, change) -> None:
 def edit_config(checkpoint: Path, **values) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
-
-
-def age(folder: Path) -> Path:
-    """Nobody is just copying it there."""
-    for path in (folder, *folder.iterdir()):
-        os.utime(path, (0, 0))
-    return folder
 
 
 def truncate(path: Path) -> None:
@@ -194,7 +186,7 @@ def test_files_that_do_not_fit_the_manifest_are_refused(case, request, tmp_path)
         reading.wait_for(lambda progress: progress.errors)
         assert f"model-stage{stage}" in reading.progress.error and says in reading.progress.error
         assert reading.progress.last_stage() == 0 and reading.launch.start_failure()
-        assert reading.launch.reader.wait(30) == 1
+        assert reading.launch.reader.wait(300) == 1
     finally:
         reading.launch.close()
 
@@ -353,7 +345,7 @@ def test_cache_is_filled_and_used(copied, tmp_path):
     for _ in range(2):
         reading = Reading(copied, cache_dir=tmp_path / "cache")
         reading.wait_for_all()
-        assert reading.launch.reader.wait(30) == 0
+        assert reading.launch.reader.wait(300) == 0
         (cached,) = (tmp_path / "cache").iterdir()
         assert reading.plan.root == small_files(cached)
         assert {"progressive.json", "config.json", "tokenizer.json"} <= {
@@ -377,7 +369,7 @@ def test_cache_follows_what_is_mended(name, copied, tmp_path):
     """Also where the weights stay the same; and then these are not fetched again."""
     add_adapter(copied, 1, ["q_proj"])
     earlier = Reading(copied, cache_dir=tmp_path / "cache")
-    assert earlier.launch.reader.wait(30) == 0
+    assert earlier.launch.reader.wait(300) == 0
     before = {path: path.read_bytes() for path in earlier.plan.root.rglob("*") if path.is_file()}
     with open(copied / name, "a") as file:
         file.write(" ")
@@ -391,7 +383,7 @@ def test_cache_follows_what_is_mended(name, copied, tmp_path):
 
 def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path):
     earlier = Reading(copied, cache_dir=tmp_path / "cache")
-    assert earlier.launch.reader.wait(30) == 0
+    assert earlier.launch.reader.wait(300) == 0
     root = earlier.plan.root
     (root / "tokenizer.json").write_bytes(bytes((root / "tokenizer.json").stat().st_size))
     (root / "progressive.json").write_text("")
@@ -416,7 +408,7 @@ def test_cache_survives_being_killed(copied, tmp_path):
     (cached / "model-stage3.safetensors.partial").write_bytes(b"half of it")
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
-    assert reading.launch.reader.wait(30) == 0
+    assert reading.launch.reader.wait(300) == 0
     for path in copied.glob("*.safetensors"):
         assert (cached / path.name).read_bytes() == path.read_bytes()
     assert not list(cached.glob("*.partial"))
@@ -424,12 +416,12 @@ def test_cache_survives_being_killed(copied, tmp_path):
 
 def test_copy_that_went_bad_is_removed(copied, tmp_path):
     reading = Reading(copied, cache_dir=tmp_path / "cache")
-    assert reading.launch.reader.wait(30) == 0
+    assert reading.launch.reader.wait(300) == 0
     (cached,) = (tmp_path / "cache").iterdir()
     flip_last_byte(cached / "model-stage2.safetensors")
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()  # from the source, and copied once more
-    assert reading.launch.reader.wait(30) == 0
+    assert reading.launch.reader.wait(300) == 0
     (told,) = (event for event in reading.progress.timeline if event["event"] == "spoilt")
     assert "model-stage2.safetensors" in told["text"] and "removed" in told["text"]
     flip_last_byte(cached / "model-stage1.safetensors")  # nobody is answered without
@@ -440,7 +432,7 @@ def test_copy_that_went_bad_is_removed(copied, tmp_path):
     truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
     reading = Reading(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
-    assert reading.launch.reader.wait(30) == 0
+    assert reading.launch.reader.wait(300) == 0
     for path in copied.glob("*.safetensors"):
         assert (cached / path.name).read_bytes() == path.read_bytes()
 
@@ -487,19 +479,6 @@ def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monk
     assert not list(tmp_path.glob("*.partial"))  # and it takes no room
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, options: str):
-    """A file system of its own in a new folder, with so little room that it becomes full."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a full disk cannot be made here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 FULL_DISKS = {  # options of tmpfs, and what finds no room
     "no folder": ("nr_inodes=1", ["config.json", "stage1", "stage2", "stage3"]),
     "nothing": ("size=8k", ["config.json", "stage1", "stage2", "stage3"]),
@@ -529,7 +508,7 @@ def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
         assert not list(disk.rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100", disk], check=True)
         reading = Reading(copied, cache_dir=disk / "cache")
-        assert reading.launch.reader.wait(30) == 0
+        assert reading.launch.reader.wait(300) == 0
         (cached,) = (disk / "cache").iterdir()
         assert reading.plan.root == small_files(cached)
         assert {path.name for path in cached.iterdir() if path.is_file()} == {file.name for file in reading.plan.files}
@@ -546,9 +525,9 @@ def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
         for file in reading.plan.files:
             assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
         if options:
-            assert reading.launch.reader.wait(30) == 0  # the copies are written
+            assert reading.launch.reader.wait(300) == 0  # the copies are written
         reading.launch.close()
-        reading.launch.reader.wait(30)
+        reading.launch.reader.wait(300)
     (cached,) = (tmp_path / "cache").iterdir()
     for file in reading.plan.files:
         assert (cached / file.name).read_bytes() == (split_tiny / file.name).read_bytes()
@@ -658,7 +637,7 @@ def test_every_follower_sees_every_event(split_tiny):
     import progressive_serve
 
     reading = Reading(split_tiny)
-    reading.launch.reader.wait(30)
+    reading.launch.reader.wait(300)
     followers = [progressive_serve.Journal(reading.launch.journal.path) for _ in range(2)]
     assert reading.launch.start_failure() is None
     first, second = (follower.follow() for follower in followers)
@@ -703,7 +682,7 @@ def test_reader_stays_in_its_window(split_tiny, monkeypatch):
     monkeypatch.setattr(progressive_serve, "window_of", lambda plan: first.bytes)
     reading = Reading(split_tiny)
     reading.wait_for(lambda progress: 1 in progress.resident)
-    time.sleep(0.5)
+    time.sleep(0.5)  # a reader that waits for nothing would have read the rest meanwhile
     reading.wait_for(lambda progress: True)
     assert reading.progress.resident == {1}
     for file in first.files:
@@ -719,7 +698,7 @@ def test_reader_delivers_every_byte(split_tiny):
     reading.wait_for_all()
     for file in reading.plan.files:
         assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
-    assert reading.launch.reader.wait(30) == 0
+    assert reading.launch.reader.wait(300) == 0
 
 
 def test_reader_follows_a_file_that_grows(copied):
@@ -730,7 +709,7 @@ def test_reader_follows_a_file_that_grows(copied):
     reading = Reading(copied)
     reading.wait_for(lambda progress: 1 in progress.resident)
     for begin in range(1000, len(whole), len(whole) // 5):
-        time.sleep(0.2)
+        time.sleep(0.2)  # as a copier takes
         with open(path, "ab") as file:
             file.write(whole[begin : begin + len(whole) // 5])
     reading.wait_for_all()
@@ -763,7 +742,7 @@ def test_reader_waits_for_files_that_are_still_to_come(copied):
         beginning, rest = parts[path][:100_000], parts[path][100_000:]
         coming = path.with_name(f".{path.name}.x7Qz")
         coming.write_bytes(beginning)
-        time.sleep(0.2)
+        time.sleep(0.2)  # as a copier takes
         with open(coming, "ab") as file:
             file.write(rest)
         assert not reading.progress.resident
@@ -786,7 +765,7 @@ def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied
         make_room(file.fileno(), 0, len(data))
         reading = Reading(copied)
         for begin in range(0, len(data), len(data) // 20 + 1):
-            time.sleep(0.1)
+            time.sleep(0.1)  # as a copier takes
             reading.wait_for(lambda progress: True)
             assert reading.progress.error is None and not reading.progress.read
             file.write(data[begin : begin + len(data) // 20 + 1])
@@ -827,10 +806,13 @@ def test_reader_names_the_file_that_is_wrong(copied):
     assert reading.progress.resident == {1} and reading.progress.last_stage() == 1
 
 
-def test_reader_names_the_file_that_is_gone(copied):
+def test_reader_names_the_file_that_is_gone(split_tiny, hold):
     """Deleted after the start."""
-    reading = Reading(copied, limit_mbps=sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 5e6)
-    (copied / "model-stage3.safetensors").unlink()
+    held = hold(split_tiny)
+    reading = Reading(held.path)
+    reading.wait_for(lambda progress: 1 in progress.resident)
+    held.release(2)
+    held.end()
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage3.safetensors" in reading.progress.error
     assert reading.progress.resident == {1, 2}
@@ -897,10 +879,9 @@ def test_chunks_take_their_turns_in_order():
     with pace.turn(0, 0, 10):  # on its way, so the others have to wait: nothing is known of the bandwidth
         for thread in threads:
             thread.start()
-        while len(pace.waiting) < len(threads):
-            time.sleep(0.01)
+        wait_for(lambda: len(pace.waiting) == len(threads))
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert order == [10, 20, 30, 40]
 
 
@@ -981,11 +962,11 @@ class Decoding:
                 self.journal.mark("resident", stage=stage)
 
     def wait_for(self, what) -> None:
-        deadline = time.monotonic() + 30
-        while not what(self.source.arrivals):
-            assert time.monotonic() < deadline, self.source.arrivals
+        def holds():
             self.source.follow()
-            time.sleep(0.01)
+            return what(self.source.arrivals)
+
+        wait_for(holds, told=lambda: self.source.arrivals)
 
     def weights(self, first: int, last: int) -> dict[str, torch.Tensor]:
         """What a worker binds, up to stage `last`."""
@@ -1021,7 +1002,7 @@ def test_decoder_makes_each_stage(planes_tiny):
     while (bound := decoding.source.arrivals.offered[-1]) < 3:  # 2, or 3 at once if that had arrived when it looked
         found = decoding.weights(bound + 1, decoding.source.next_stage(bound))
     assert_same(found, source)
-    decoding.thread.join(30)
+    decoding.thread.join(300)
     assert not decoding.thread.is_alive()
     assert decoding.held_memory() < total / 4
 
@@ -1042,7 +1023,7 @@ def test_decoder_begins_again_when_more_has_arrived(planes_tiny):
     too_late.wait_for(lambda arrivals: 1 in arrivals.decoded)
     too_late.journal.mark("imported")
     too_late.arrive(2, 3)
-    time.sleep(0.5)
+    time.sleep(0.5)  # a decoder that begins again would have done so meanwhile
     too_late.journal.mark("model created", rank=0)
     assert too_late.source.next_stage(0) == 1
     held_back = Decoding(planes_tiny, start_stage=2)
@@ -1056,7 +1037,7 @@ def test_decoder_begins_with_what_may_be_served(planes_tiny):
     """A stage by which nobody is answered is not made at all."""
     decoding = Decoding(planes_tiny, min_stage=2)
     decoding.arrive(1)
-    time.sleep(0.5)
+    time.sleep(0.5)  # a decoder that waits for nothing would have made stage 1 meanwhile
     decoding.source.follow()
     assert not decoding.source.arrivals.tensors[1] and not decoding.source.arrivals.decoded
     decoding.journal.mark("model created", rank=0)
@@ -1076,7 +1057,7 @@ def test_decoder_makes_no_more_than_is_taken(planes_tiny, monkeypatch):
     assert decoding.source.next_stage(0) == 1
     decoding.weights(1, 1)
     assert decoding.source.next_stage(1) == 3
-    time.sleep(0.5)
+    time.sleep(0.5)  # a decoder that is not held would have made the rest meanwhile
     largest = max(tensor["end"] - tensor["begin"] for tensor in decoding.source.arrivals.tensors[1])
     decoding.source.follow()
     assert 0 < decoding.source.arrivals.tensors[3][-1]["end"] <= largest + (1 << 16)
@@ -1101,7 +1082,7 @@ def test_damaged_record_is_not_handed_out(stage, planes_tiny, tmp_path):
             decoding.journal.mark("error", text="wrong checksum", stage=stage)
         else:
             decoding.arrive(2, 3)
-        decoding.thread.join(30)
+        decoding.thread.join(300)
         decoding.wait_for(lambda arrivals: arrivals.error)
         assert 3 not in decoding.source.arrivals.decoded
         assert ("blake3" in decoding.source.arrivals.error) == (what_is_wrong == "the record")
@@ -1119,7 +1100,7 @@ def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
         assert len(decoding.weights(stage, stage)) > 4
     with pytest.raises(RuntimeError, match="stage 3 is bad"):
         decoding.source.next_stage(2)
-    decoding.thread.join(30)
+    decoding.thread.join(300)
     assert not decoding.thread.is_alive()
 
 
@@ -1170,10 +1151,10 @@ def test_decoder_that_dies_is_missed(killed, planes_tiny):
     reader = psutil.Process(reading.launch.reader.pid)
     (decoder,) = reader.children()
     (reader if killed == "reader" else decoder).kill()
-    reading.wait_for(lambda progress: progress.error, 30)
+    reading.wait_for(lambda progress: progress.error)
     assert "reader process stopped at stage 2" in reading.progress.error
     assert reading.progress.last_stage() == 1 and failures == []  # stage 1 is there, and can be served
-    assert psutil.wait_procs([reader, decoder], timeout=30)[1] == []
+    assert psutil.wait_procs([reader, decoder], timeout=300)[1] == []
 
 
 # ---- launch ----------------------------------------------------------------------------------------
@@ -1188,9 +1169,7 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
     failures = []
     launch.on_failure = failures.append
     launch.reader.send_signal(number)
-    deadline = time.monotonic() + 30
-    while not failures and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: failures)
     assert "reader process stopped at stage 1" in failures[0] and f"-{int(number)}" in failures[0]
     waiting = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
     with pytest.raises(RuntimeError, match="reader process stopped"):
@@ -1202,7 +1181,7 @@ def test_reader_that_dies_when_all_is_resident_is_not_missed(split_tiny):
     reading = Reading(split_tiny)
     reading.wait_for_all()
     launch = reading.launch
-    launch.reader.wait(30)
+    launch.reader.wait(300)
     failures = []
     launch.on_failure = failures.append
     launch.reader = SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9, terminate=lambda: None)
@@ -1531,7 +1510,7 @@ bound = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/
 print(torch.get_num_threads(), os.sched_getaffinity(0) == {cores[0]}, {cores[1]} in bound, flush=True)
 os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", forked_worker], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", forked_worker], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.stdout.split()[-3:] == ["2", "True", "True"], done.stdout + done.stderr
 
 
@@ -1757,7 +1736,7 @@ class Served:
         return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
 
 
-async def until(what, seconds: float = 10) -> None:
+async def until(what, seconds: float = 300) -> None:
     async with asyncio.timeout(seconds):
         while not what():
             await asyncio.sleep(0.001)
@@ -1772,7 +1751,7 @@ def served(split_tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry())
 
         async def main():
-            async with asyncio.timeout(30), Served(split_tiny, tmp_path, **options) as server:
+            async with asyncio.timeout(600), Served(split_tiny, tmp_path, **options) as server:
                 await check(server)
 
         asyncio.run(main())
@@ -1910,7 +1889,7 @@ def test_no_request_is_answered_by_a_traceback(served):
             assert ready.status in (200, 400), query
 
         def run(coroutine):
-            return asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+            return asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
 
         await asyncio.to_thread(ask)
 
@@ -2065,8 +2044,13 @@ def held_app(go_on: asyncio.Event):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_drained_transition_waits_for_running_requests(ends, served):
+def test_drained_transition_waits_for_running_requests(ends, served, monkeypatch):
     """They end at their stage, and those that come meanwhile begin at the next one; or it has waited long enough."""
+    import progressive_serve
+
+    passed = [0.0]  # seconds, beside those that really pass: the second request was late where they did
+    clock = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + passed[0]})
+    monkeypatch.setattr(progressive_serve, "time", clock)
 
     async def check(server):
         go_on = asyncio.Event()
@@ -2082,13 +2066,15 @@ def test_drained_transition_waits_for_running_requests(ends, served):
         if ends:
             assert server.controller.progress.active_stage == 1
             go_on.set()
+        else:
+            passed[0] = 3600.0
         await until(lambda: server.controller.progress.active_stage == 2)
         go_on.set()
         found = [json.loads(answer.body)["progressive_stage"] for answer in (await first, await second)]
         assert found == ([1, 2] if ends else [2, 2])
         assert second.result().headers["x-progressive-stage"] == "2"
 
-    served(check, drain_timeout=30.0 if ends else 0.2)
+    served(check, drain_timeout=3600.0)
 
 
 def activated(server) -> list[int]:
@@ -2105,7 +2091,7 @@ def test_long_stall_waits_for_a_better_moment(served):
         request = server.engine.generate(prompt=1000, tokens=10)
         server.bind(3)
         await until(lambda: server.controller.due)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # a transition that waits for nothing would have come meanwhile
         assert activated(server) == [1, 2]
         server.engine.output_processor.request_states.clear()
         await until(lambda: activated(server) == [1, 2, 3])
@@ -2118,9 +2104,7 @@ def test_long_stall_waits_no_longer_than_it_may(served):
     async def check(server):
         await server.reach(1)
         server.engine.generate(prompt=1000, tokens=10)
-        began = time.monotonic()
-        await server.reach(2)
-        assert time.monotonic() - began >= 0.3
+        await server.reach(2)  # though what runs has not ended
 
     served(check, max_stall=0.5, max_stage_delay=0.3)
 
@@ -2346,7 +2330,7 @@ class FakeEngine:
         def launch(*args):
             self.events.append("launched")
             yield self
-            self.events.append("rendered meanwhile" if self.rendering.wait(30) else "rendered too late")
+            self.events.append("rendered meanwhile" if self.rendering.wait(300) else "rendered too late")
 
         def make_client(*args):
             with core_client.launch_core_engines(*args) as launched:
