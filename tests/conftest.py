@@ -255,16 +255,6 @@ def adapted_checkpoint(demo_checkpoint, tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.fixture(scope="session")
-def coldstart(adapted_checkpoint, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """A run of the benchmark: ProgressiveServe, once, and its throughput; the finished process, and its result file."""
-    out = tmp_path_factory.mktemp("coldstart") / "results" / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8,1x4,2x8", "--json", out]
-    done = run_script(BENCH, "--checkpoint", adapted_checkpoint, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done, out
-
-
 @pytest.fixture
 def short_tmp():
     """A temporary folder whose path is short enough for the sockets of Ray and vLLM."""

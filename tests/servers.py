@@ -73,6 +73,10 @@ def free_port() -> int:
 # ---- processes ---------------------------------------------------------------------------------------
 
 
+def check_may_start() -> None:
+    assert may_start, "mark this test with pytest.mark.server: make test-quick starts none"
+
+
 def default_signals() -> None:
     """What `nohup make test` has ignored is no longer: a child would ignore it, too, and pass it on to nobody."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -86,7 +90,6 @@ class Process:
     """
 
     def __init__(self, log: Path, *command, env: dict[str, str] | None = None, prepare=None, **options):
-        assert may_start, "mark this test with pytest.mark.server: make test-quick starts none"
         self.log = log
 
         def before() -> None:
@@ -148,6 +151,7 @@ class Standby(Process):
     """progressive_serve.py --standby, at a socket in a folder."""
 
     def __init__(self, folder: Path, **options):
+        check_may_start()
         self.socket = folder / "standby"
         super().__init__(folder / "standby.log", SERVER, "--standby", self.socket, **options)
 
@@ -182,6 +186,7 @@ class Server(Process):
         kv_cache=KV_CACHE,
         **how,
     ):
+        check_may_start()
         self.port, self.standby = free_port(), standby
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [checkpoint, "--port", self.port, *SERVED, *kv_cache, *options]
@@ -388,7 +393,7 @@ class Held:
         self.copier.start()
 
     def go_on(self) -> None:
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(1.0):  # the pace of a copier
             (self.path / ".more.safetensors.partial").touch()
 
     def release(self, *stages: int) -> None:
