@@ -1,12 +1,15 @@
 """What only a planted fault has shown to be unproven: see mutations.md.
 
-One test starts a server, which the worker's standby forks; about fifteen seconds.
+One test starts a server, which the worker's standby forks, another one an engine without a model; about fifteen
+seconds.
 """
 
 import os
 from types import SimpleNamespace
 
+import psutil
 import pytest
+from servers import ROOT, check_nothing_is_left
 
 import bench_coldstart
 import eval_triviaqa
@@ -74,3 +77,33 @@ def test_kept_answers_are_those_of_the_same_stage_adapter_and_model(tmp_path):
     assert again.get(asked, task, question) == "Paris"
     assert [again.get(eval_triviaqa.Setting(*other), task, question) for other in others] == [None] * 3
     again.discard()
+
+
+# ---- serve_fleet.py ----------------------------------------------------------------------------------
+
+AGENT = """
+import asyncio, sys
+from serve_fleet import Agent, Settings
+
+async def main():
+    agent = Agent(Settings({"m": sys.argv[1]}, server=sys.argv[2], standby=False), "node", "127.0.0.1", 1)
+    print("engine", agent.spawn("m").popen.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.server
+def test_engines_end_with_their_agent(split_tiny, start, short_tmp):
+    """By themselves: not every release of Ray ends the children of an actor that is killed."""
+    env = {"PYTHONPATH": str(ROOT), "TMPDIR": str(short_tmp)}
+    agent = start.process("-c", AGENT, split_tiny, ROOT / "tests" / "fake_engine.py", env=env)
+    agent.wait_for(lambda: agent.log.read_text().partition("engine ")[2].endswith("\n"))
+    engine = psutil.Process(int(agent.log.read_text().partition("engine ")[2]))
+    agent.process.kill()
+    try:
+        check_nothing_is_left([engine])
+    finally:
+        if engine.is_running():
+            engine.kill()

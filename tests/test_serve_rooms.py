@@ -452,24 +452,21 @@ def test_copy_that_went_bad_is_removed(read, copied, tmp_path):
         assert (cached / path.name).read_bytes() == path.read_bytes()
 
 
-def test_bad_source_gets_no_copy(copied, tmp_path):
+def test_bad_source_gets_no_copy(copied, tmp_path, read):
     """A copy with its name is taken for good by every server that comes later."""
     bad = copied / "model-stage2.safetensors"
     right = bad.read_bytes()
     flip_last_byte(bad)
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
-    try:
-        reading.wait_for(lambda progress: 2 in progress.bad)
-        (cached,) = (tmp_path / "cache").iterdir()
-        reading.wait_for(lambda _: not list(cached.glob("model-stage2*.partial")))  # it ends behind the reading
-        assert not (cached / bad.name).exists()
-        (tmp_path / "right").write_bytes(right)
-        os.rename(tmp_path / "right", bad)
-        reading.wait_for_all()
-        assert reading.launch.reader.wait(300) == 0
-        assert (cached / bad.name).read_bytes() == right
-    finally:
-        reading.launch.close()
+    reading = read(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for(lambda progress: 2 in progress.bad)
+    (cached,) = (tmp_path / "cache").iterdir()
+    reading.wait_for(lambda _: not list(cached.glob("model-stage2*.partial")))  # copying ends behind the reading
+    assert not (cached / bad.name).exists()
+    (tmp_path / "right").write_bytes(right)
+    os.rename(tmp_path / "right", bad)
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(300) == 0
+    assert (cached / bad.name).read_bytes() == right
 
 
 def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
