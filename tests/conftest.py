@@ -17,7 +17,7 @@ import pytest
 import servers  # before whatever imports vLLM: see ENVIRON there
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from servers import ROOT, Held, Standby, Started, age, free_port, processes_of_tests, wait_for
+from servers import LIMIT, ROOT, Held, Process, Standby, Started, age, free_port, processes_of_tests, wait_for
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -296,6 +296,45 @@ def bucket(split_tiny, tmp_path_factory):
     finally:
         store.kill()
         store.wait()
+
+
+# ---- engines ---------------------------------------------------------------------------------------
+
+
+class Probe(Process):
+    """engine_probe.py, which is asked for one job after another."""
+
+    def __init__(self, folder: Path, **env: str):
+        self.folder, self.found = folder, {}
+        # Compiled graphs of stock vLLM are shared by the jobs of a process, and by no others.
+        cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}
+        counted = {"TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}  # kernels have names that the profiler sees
+        super().__init__(folder / "log", PROBE, folder, env=cache | counted | env, stdin=subprocess.PIPE, text=True)
+
+    def __call__(self, do: str, **job):
+        """What the job has found; the same job is done once."""
+        line = json.dumps({"do": do, **job}, default=str) + "\n"
+        if line not in self.found:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            self.found[line] = answer = self.folder / f"{len(self.found) + 1}.json"
+            self.wait_for(answer.exists, 3 * LIMIT)  # compiling is the longest, where everybody else computes, too
+            print(f"{do}: {json.loads(answer.read_text())['seconds']} s")
+        answer = json.loads(self.found[line].read_text())
+        assert "error" not in answer, answer["error"] + self.tail()
+        return answer["found"]
+
+    def stop(self) -> int:
+        self.process.stdin.close()
+        return self.process.wait(LIMIT)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    """A process that does jobs with engines for all tests of a file: probe("brief", checkpoint=..., ...)."""
+    process = Probe(tmp_path_factory.mktemp("probe"))
+    yield process
+    process.end()
 
 
 # ---- the demo model --------------------------------------------------------------------------------

@@ -1,16 +1,13 @@
-"""What the engine does, written down as JSON for the tests. Runs in a process of its own, with the engine inside it.
+"""What engines do, found out for the tests: a process that does one job after another, each with engines inside it.
 
-    python engine_probe.py stages CKPT DTYPE OUT.json      # stock, 1 -> 2 -> 3, in flight, everything at once
-    python engine_probe.py compiled CKPT OUT.json          # the same under torch.compile; compilations, kernels
-    python engine_probe.py later CKPT OUT.json             # compiled after the last stage, by another process
-    python engine_probe.py failing CKPT OUT.json           # transitions that fail half-way
-    python engine_probe.py apart CKPT OUT.json             # the engine in a process of its own, stepping by itself
-    python engine_probe.py brief [CKPT SOURCE DTYPE]... OUT.json    # 1 -> 2 -> 3, stock on SOURCE; DTYPE+compiled
-    python engine_probe.py held CKPT MODEL... OUT.json     # each stage held, stock on the MODEL that it should be
+    python engine_probe.py OUT < JOBS    # JOBS: a line of JSON each; answers: OUT/1.json, OUT/2.json ...
 
-An answer is {"tokens": [...], "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
+Importing takes seconds and an engine less than one, so that all tests of a file share one such process. A job is
+{"do": NAME, ...}, with the arguments of probe_NAME(). What an engine has said to a prompt is {"tokens": [...],
+"logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
 """
 
+import functools
 import gc
 import itertools
 import json
@@ -18,12 +15,12 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if "apart" in sys.argv else "0"
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,7 +38,10 @@ ANSWER_TOKENS = 12
 FLIGHT_TOKENS = 96
 START_READING = progressive_serve.start_reading
 
-gc.freeze()  # vLLM collects garbage nine times per engine: two thirds of an engine's time, if of all that is imported
+# vLLM collects garbage nine times per engine: two thirds of an engine's time, if of all that is imported, which it
+# unfreezes as often. What an engine has made is never frozen here, so that it goes when the engine does.
+gc.freeze()
+gc.freeze = gc.unfreeze = lambda: None
 
 
 def sampling(tokens: int) -> SamplingParams:
@@ -80,17 +80,17 @@ def fly(llm: LLM, prompt: str) -> dict:
     return {"prompt_tokens": output.prompt_token_ids, "had": had, "stage": llm.stages.stage, **answer_of(output)}
 
 
-def ask_while_it_arrives(checkpoint: str, options: dict, prompts: list[str]) -> dict:
-    """Stage 1, asked before a byte of it is there: the forward pass waits layer by layer."""
-    launch = progressive_serve.start_reading(checkpoint, hold_stage=1, limit_mbps=2.0, start=time.monotonic())
+def start_before_a_byte_is_there(checkpoint: str, options: dict) -> tuple[LLM, list[str]]:
+    """An engine at stage 1, and what has happened so far. Reading begins when the first forward pass has begun."""
+    launch = progressive_serve.start_reading(checkpoint, start_stage=1, limit_mbps=4.0, start=time.monotonic())
     launch.reader.send_signal(signal.SIGSTOP)
     llm = LLM(**progressive_serve.engine_options(launch, options), **options)
     llm.collective_rpc("progressive_activate", args=(1,))
-    events = [event["event"] for event in launch.journal.follow()]
-    threading.Timer(1.0, launch.reader.send_signal, [signal.SIGCONT]).start()
-    answers = ask(llm, prompts)
-    close(llm)
-    return {"events_before": events, "answers": answers}
+    llm.apply_model(
+        lambda model: model.register_forward_pre_hook(lambda *_: launch.reader.send_signal(signal.SIGCONT)) and None
+    )
+    llm.launch = launch
+    return llm, [event["event"] for event in launch.journal.follow()]
 
 
 def read_whole(*args, **options) -> progressive_serve.Launch:
@@ -103,29 +103,43 @@ def read_whole(*args, **options) -> progressive_serve.Launch:
 def close(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
     del llm
-    cleanup_dist_env_and_memory()  # collects garbage, of everything
-    gc.freeze()
+    cleanup_dist_env_and_memory()  # collects garbage
+
+
+@functools.cache
+def stock(model: str, prompts: tuple[str, ...], dtype: str = "auto", compiled: bool = False) -> dict:
+    """What stock vLLM says of a model, which is started once for all jobs that ask the same."""
+    llm = LLM(model, **ENGINE, dtype=dtype, enforce_eager=not compiled)
+    found = {"answers": ask(llm, prompts), "long": ask_twice(llm, long_prompt(prompts))}
+    if compiled:
+        found["kernels"] = kernels(llm, prompts[0])
+    close(llm)
+    return found
+
+
+def long_prompt(prompts: list[str]) -> str:
+    """More than one block of the KV cache, so that it can be cached."""
+    return "\n".join(prompts)[:900]
 
 
 def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
-    found = {}
-    options = {**ENGINE, "dtype": dtype, "enforce_eager": True}
-    long_prompt = "\n".join(prompts)[:900]  # more than one block of the KV cache, so that it can be cached
+    """While it arrives, and in flight; 1 -> 2 -> 3; everything at once; stock."""
+    options, found = {**ENGINE, "dtype": dtype, "enforce_eager": True}, {}
+    llm, events = start_before_a_byte_is_there(checkpoint, options)
+    found["streamed"] = {"events_before": events, "answers": ask(llm, prompts)}
+    llm.stages = progressive_serve.StageControl(llm, llm.launch)
+    flight = found["flight"] = fly(llm, prompts[0])
+    llm.launch.close()
+    close(llm)
 
     llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
     for stage in (1, 2, 3):
         if stage > 1:
             llm.stages.advance()
         found[f"stage{stage}"] = ask(llm, prompts)
-        found[f"long{stage}"] = ask_twice(llm, long_prompt)
+        found[f"long{stage}"] = ask_twice(llm, long_prompt(prompts))
     found["progress"] = llm.stages.progress()
     close(llm)
-
-    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
-    found["flight"] = fly(llm, prompts[0])
-    close(llm)
-
-    found["streamed"] = ask_while_it_arrives(checkpoint, options, prompts)
 
     with mock.patch.object(progressive_serve, "start_reading", read_whole):
         llm = progressive_serve.load_llm(checkpoint, **options)
@@ -133,10 +147,9 @@ def probe_stages(checkpoint: str, dtype: str, prompts: list[str]) -> dict:
     found["at_once"] = ask(llm, prompts)
     close(llm)
 
+    of_stock = stock(checkpoint, tuple(prompts), dtype)
+    found |= {"stock": of_stock["answers"], "stock_long": of_stock["long"]}
     llm = LLM(checkpoint, **options)
-    found["stock"] = ask(llm, prompts)
-    found["stock_long"] = ask_twice(llm, long_prompt)
-    flight = found["flight"]
     prefix = flight["prompt_tokens"] + flight["tokens"][: flight["had"][-1]]
     found["stock_continuation"] = ask(llm, [{"prompt_token_ids": prefix}], FLIGHT_TOKENS - flight["had"][-1])[0]
     close(llm)
@@ -173,11 +186,12 @@ def probe_failing(checkpoint: str, prompts: list[str]) -> dict:
 def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
     """Long prompts run while the stages change; what the cache then holds of them must be of the last stage."""
     options = {**ENGINE, "dtype": "float32", "enforce_eager": True}
-    prompts = [f"{number} " + "\n".join(prompts)[:900] for number in range(8)]
+    prompts = [f"{number} {long_prompt(prompts)}" for number in range(8)]
     llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    llm.stages.wait_for(3)  # while that is read the requests might end
     engine = llm.llm_engine
     for number, prompt in enumerate(prompts):
-        engine.add_request(f"flight{number}", prompt, sampling(FLIGHT_TOKENS))
+        engine.add_request(f"flight{number}", prompt, sampling(2 * FLIGHT_TOKENS))
     while not engine.step():
         pass
     llm.stages.advance()
@@ -199,37 +213,24 @@ def probe_apart(checkpoint: str, prompts: list[str]) -> dict:
     return found
 
 
-def probe_brief(*models: str) -> list[dict]:
-    """1 -> 2 -> 3, and stock on what the checkpoint was made from, of one model after the other."""
-    *models, prompts = models
-    found = []
-    for checkpoint, source, dtype in zip(models[::3], models[1::3], models[2::3], strict=True):
-        dtype, _, compiled = dtype.partition("+")
-        options, answers = {**ENGINE, "dtype": dtype, "enforce_eager": not compiled}, {}
-        llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
-        for stage in (1, 2, 3):
-            if stage > 1:
-                llm.stages.advance()
-            answers[f"stage{stage}"] = ask(llm, prompts)
-        close(llm)
-        llm = LLM(source, **options)
-        found.append(answers | {"stock": ask(llm, prompts)})
-        close(llm)
-    return found
+def probe_brief(checkpoint: str, source: str, dtype: str, prompts: list[str], compiled: bool = False) -> dict:
+    """1 -> 2 -> 3, and stock on what the checkpoint was made from."""
+    found = {}
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **ENGINE, dtype=dtype, enforce_eager=not compiled)
+    for stage in (1, 2, 3):
+        if stage > 1:
+            llm.stages.advance()
+        found[f"stage{stage}"] = ask(llm, prompts)
+    close(llm)
+    return found | {"stock": stock(source, tuple(prompts), dtype, compiled)["answers"]}
 
 
-def probe_held(checkpoint: str, *models: str) -> dict:
-    """The first stages, each held; and stock on models that are said to be the same."""
-    *models, prompts = models
-    options, found = {**ENGINE, "enforce_eager": True}, {"held": [], "stock": []}
-    for stage, model in enumerate(models, 1):
-        llm = progressive_serve.load_llm(checkpoint, hold_stage=stage, **options)
-        found["held"].append(ask(llm, prompts))
-        close(llm)
-        llm = LLM(model, **options)
-        found["stock"].append(ask(llm, prompts))
-        close(llm)
-    return found
+def probe_held(checkpoint: str, stage: int, model: str, prompts: list[str]) -> dict:
+    """A stage that is held; and stock on a model that is said to be the same."""
+    llm = progressive_serve.load_llm(checkpoint, hold_stage=stage, **ENGINE, enforce_eager=True)
+    found = {"held": ask(llm, prompts)}
+    close(llm)
+    return found | {"stock": stock(model, tuple(prompts))["answers"]}
 
 
 def compilations() -> dict[str, int]:
@@ -257,20 +258,17 @@ def graphs_and_addresses(llm: LLM) -> dict[str, list[int]]:
         fixed = [gated.gate for gated in model.binding.gates.values()]
         return [tensor.data_ptr() for tensor in (*fixed, *(model.parameters() if torch.cuda.is_available() else ()))]
 
-    gc.unfreeze()  # vLLM has frozen what its start has made, and get_objects() leaves that out
     gc.collect()  # an engine before this one, in a cycle with its graphs
     graphs = [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
     return {"graphs": sorted(map(id, graphs)), "addresses": llm.apply_model(of)[0]}
 
 
-def probe_compiled(checkpoint: str, prompts: list[str]) -> dict:
+def probe_compiled(checkpoint: str, source: str, prompts: list[str]) -> dict:
     """Stock first, so that its compiled graph lies in the cache, where it must not be mistaken for the gated one."""
-    options = {**ENGINE, "dtype": "float32"}
-    llm = LLM(checkpoint, **options)
-    found = {"stock": ask(llm, prompts), "kernels_stock": kernels(llm, prompts[0])}
-    close(llm)
-
-    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **options)
+    of_stock = stock(source, tuple(prompts), "float32", compiled=True)
+    found = {"stock": of_stock["answers"], "kernels_stock": of_stock["kernels"]}
+    counters.clear()
+    llm = progressive_serve.load_llm(checkpoint, start_stage=1, **ENGINE, dtype="float32")
     found["gate_selects"] = [
         layer.gate_selects for layer in llm.apply_model(lambda model: list(model.binding.gates.values()))[0]
     ]
@@ -317,10 +315,8 @@ def probe_later(checkpoint: str, prompts: list[str]) -> dict:
         llm.stages.optimize()
     found["from_cache"] = ask(llm, prompts)
     close(llm)
-    for name, extra in (("stock", {}), ("stock_eager", {"enforce_eager": True})):
-        llm = LLM(checkpoint, **options, **extra)
-        found[name] = ask(llm, prompts)
-        close(llm)
+    for name, compiled in (("stock", True), ("stock_eager", False)):
+        found[name] = stock(checkpoint, tuple(prompts), "float32", compiled)["answers"]
     return found
 
 
@@ -331,10 +327,16 @@ def compilers() -> list[list[str]]:
 
 
 def main() -> None:
-    what, checkpoint, *details, prompts, out = sys.argv[1:]
-    prompts = json.loads(Path(prompts).read_text())
-    found = globals()[f"probe_{what}"](checkpoint, *details, prompts)
-    Path(out).write_text(json.dumps(found))
+    for number, line in enumerate(sys.stdin, 1):
+        job, began = json.loads(line), time.monotonic()
+        do = globals()[f"probe_{job.pop('do')}"]
+        try:
+            answer = {"found": do(**job)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answer["seconds"] = round(time.monotonic() - began, 1)
+        (Path(sys.argv[1]) / "answer").write_text(json.dumps(answer))
+        (Path(sys.argv[1]) / "answer").rename(Path(sys.argv[1]) / f"{number}.json")
 
 
 if __name__ == "__main__":

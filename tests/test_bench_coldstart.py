@@ -29,7 +29,7 @@ import psutil
 import pytest
 import stand_in
 from conftest import BENCH, make_llama, run_main, run_script
-from servers import ROOT, check_nothing_is_left, flip_last_byte, wait_for
+from servers import ROOT, SERVER, check_nothing_is_left, flip_last_byte, wait_for
 
 import bench_coldstart
 import eval_triviaqa
@@ -191,12 +191,22 @@ def release_once_all_stream(held, streams: int, monkeypatch) -> None:
     monkeypatch.setattr(bench_coldstart, "get_progress", look_and_release)
 
 
+def patient_server(folder: Path) -> Path:
+    """The server, but it waits ten minutes for files that stand still: Held stood still for ten seconds once."""
+    text = SERVER.read_text()
+    assert text.count("\nGROWTH_SECONDS = 10.0 ") == 1
+    script = folder / SERVER.name
+    script.write_text(text.replace("\nGROWTH_SECONDS = 10.0 ", "\nGROWTH_SECONDS = 600.0 "))
+    return script
+
+
 @pytest.mark.server
 def test_real_run(split_long, hold, tmp_path, monkeypatch):
     """Stock and ProgressiveServe, once: the result file, steps, answers, throughput, gaps, and what is printed."""
     out, held = tmp_path / "results" / "cold.json", hold(split_long)
     release_once_all_stream(held, 2, monkeypatch)
     monkeypatch.setattr(bench_coldstart, "STORAGE_SAMPLES", 1)
+    monkeypatch.setattr(bench_coldstart, "SERVER", patient_server(tmp_path))
     options = ["--checkpoint", held.path, "--baseline-checkpoint", split_long.with_name("model"), "--trials", "1"]
     options += ["--watch-gaps", "2", "--throughput", "2x8,1x4,2x8", "--json", out]
     done = run_bench(*options)

@@ -441,23 +441,29 @@ def test_no_room_on_the_gpu_starts_no_compiler(split_tiny, tmp_path, monkeypatch
     assert engine.calls == ["compiled"]
 
 
-@pytest.mark.parametrize("answering", [0, 1])
-def test_capture_waits_for_an_idle_moment_and_not_for_ever(answering, split_tiny, tmp_path, monkeypatch):
+def test_capture_waits_for_an_idle_moment_and_not_for_ever(split_tiny, tmp_path, monkeypatch):
     import progressive_serve
 
-    monkeypatch.setattr(progressive_serve, "IDLE_SECONDS", 0.2)
-    controller = progressive_serve.Controller(Engine(split_tiny, tmp_path / "journal", GRAPHS[:1]))
-    controller.answering = answering
-    began = time.monotonic()
-    asyncio.run(asyncio.wait_for(controller.capture(1), 10))
-    assert (time.monotonic() - began >= 0.2) is bool(answering)
+    engine = Engine(split_tiny, tmp_path / "journal", 2 * GRAPHS)
+    controller = progressive_serve.Controller(engine)
 
-    async def becomes_idle():
-        asyncio.get_running_loop().call_later(0.05, lambda: setattr(controller, "answering", 0))
-        await asyncio.wait_for(controller.wait_until_idle(60.0), 30)
+    async def capture(idle_seconds: float, answering: int, then_idle: bool = False) -> None:
+        monkeypatch.setattr(progressive_serve, "IDLE_SECONDS", idle_seconds)
+        controller.answering = answering
+        captures = asyncio.create_task(controller.capture(1))
+        if then_idle:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert engine.calls == []
+            controller.answering = 0
+        await asyncio.wait_for(captures, 60)
+        assert engine.calls == ["pause", "capture", "resume"]
+        engine.calls.clear()
+        engine.graphs.pop(0)
 
-    controller.answering = 1
-    asyncio.run(becomes_idle())
+    asyncio.run(capture(3600, answering=0))
+    asyncio.run(capture(3600, answering=1, then_idle=True))
+    asyncio.run(capture(0.2, answering=1))
 
 
 # ---- Python ------------------------------------------------------------------------------------------

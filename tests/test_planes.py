@@ -1,17 +1,19 @@
-"""Stages of precision: the arithmetic, what prune_and_split.py makes of it, and what the server makes of that."""
+"""Stages of precision: the arithmetic, what prune_and_split.py makes of it, and what the server makes of that.
+
+One process with engines inside it, for all that is marked `server` (engine_probe.py); MINUTES.
+"""
 
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROBE, SERVER, SPLIT, PassLayer, flip_last_byte, make_llama, run_script, split_planes
+from conftest import SPLIT, PassLayer, make_llama, run_main, run_script
 from safetensors.torch import load_file, save_file
+from servers import SERVER, flip_last_byte
 from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
@@ -133,15 +135,22 @@ MODELS = {
 }
 
 
+def split(model: Path, out: Path, *options):
+    done = run_main(prune_and_split, model, out, "--planes", *options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_restored_is_the_source(case, tmp_path):
     model = make_llama(tmp_path / "model", **MODELS[case])
     options = ["--max-file-gib", 1e-4] if case == "sharded" else []
-    done = split_planes(model, tmp_path / "planes", *options)
+    done = split(model, tmp_path / "planes", *options)
     assert "escapes" in done.stdout and "share so far" in done.stdout
     files = len(list((tmp_path / "planes").glob("model-stage1*.safetensors")))
     assert files > 1 if options else files == 1
-    done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
+    restore = ["--restore", tmp_path / "planes", tmp_path / "restored"]
+    done = run_script(SPLIT, *restore) if case == "bfloat16" else run_main(prune_and_split, *restore)  # once as by hand
     assert done.returncode == 0, done.stderr
     weights = sorted(path.name for path in model.glob("*.safetensors"))
     assert weights and weights == sorted(path.name for path in (tmp_path / "restored").glob("*.safetensors"))
@@ -153,12 +162,11 @@ def test_restored_is_the_source(case, tmp_path):
 def test_restored_synthetic_model_is_what_the_manifest_says(tmp_path, monkeypatch):
     shape = dict(prune_and_split.SYNTHETIC_SHAPES["tinyllama-1.1b"], num_hidden_layers=2, hidden_size=128)
     monkeypatch.setitem(prune_and_split.SYNTHETIC_SHAPES, "tiny", shape | dict(intermediate_size=256, vocab_size=512))
-    monkeypatch.setattr(sys, "argv", ["", "--synthetic", "tiny", str(tmp_path / "planes"), "--planes", "2,rest"])
-    assert prune_and_split.main() == 0
+    assert run_main(prune_and_split, "--synthetic", "tiny", tmp_path / "planes", "--planes", "2,rest").returncode == 0
     manifest = json.loads((tmp_path / "planes" / "progressive.json").read_text())
     assert [(row["kind"], row["bits"]) for row in manifest["stages"]] == [("planes", 2), ("planes", "rest")]
-    monkeypatch.setattr(sys, "argv", ["", "--restore", str(tmp_path / "planes"), str(tmp_path / "restored")])
-    assert prune_and_split.main() == 0  # which compares the checksum
+    done = run_main(prune_and_split, "--restore", tmp_path / "planes", tmp_path / "restored")
+    assert done.returncode == 0  # it compares the checksum
     assert "model.norm.weight" in load_file(tmp_path / "restored" / "model.safetensors")
 
 
@@ -169,21 +177,21 @@ def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
     noise = torch.randint(-(1 << 15), 1 << 15, (64, 64), dtype=torch.int16).view(torch.bfloat16)
     tensors |= {"noise": noise, "integers": torch.arange(64).view(8, 8), "empty": torch.empty(0, 8)}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    done = split_planes(model, tmp_path / "planes")
+    done = split(model, tmp_path / "planes")
     assert (
         "8,192 bytes of matrices in BF16 do not gain" in done.stdout and "512 bytes of matrices in I64" in done.stdout
     )
     stage1 = load_file(tmp_path / "planes" / "model-stage1.safetensors")
     assert torch.equal(stage1["noise"].view(torch.int16), noise.view(torch.int16))
     assert {"integers", "empty", "model.norm.weight", "lm_head.weight.planes"} <= stage1.keys()
-    done = run_script(SPLIT, "--restore", tmp_path / "planes", tmp_path / "restored")
+    done = run_main(prune_and_split, "--restore", tmp_path / "planes", tmp_path / "restored")
     assert done.returncode == 0, done.stderr
     assert (model / "model.safetensors").read_bytes() == (tmp_path / "restored" / "model.safetensors").read_bytes()
 
 
 def test_plan_only_writes_nothing(tmp_path):
     model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
-    done = split_planes(model, tmp_path / "planes", "--plan-only")
+    done = split(model, tmp_path / "planes", "--plan-only")
     assert "error of the weights" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -208,7 +216,7 @@ def test_perplexity_of_each_stage(tmp_path):
     model = make_llama(tmp_path / "model", dtype=torch.float32)
     texts = ["The quick brown fox jumps over the lazy dog", "A line of another length, which is longer than that"] * 3
     (tmp_path / "text.txt").write_text("\n".join(texts) + "\n")
-    done = split_planes(model, tmp_path / "planes", "--calibration", tmp_path / "text.txt", "--layers", "1-2")
+    done = split(model, tmp_path / "planes", "--calibration", tmp_path / "text.txt", "--layers", "1-2")
     assert "perplexity" in done.stdout
     assert (tmp_path / "planes" / "planes" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     header, *lines = (tmp_path / "planes" / "planes" / "perplexity.csv").read_text().splitlines()
@@ -253,7 +261,7 @@ def test_perplexity_of_each_stage(tmp_path):
 )
 def test_bad_arguments(arguments, named, planes_tiny, split_tiny, tmp_path):
     places = {"MODEL": planes_tiny.with_name("model"), "OUT": tmp_path / "out", "LAYERS": split_tiny}
-    done = run_script(SPLIT, *(places.get(argument, argument) for argument in arguments))
+    done = run_main(prune_and_split, *(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2 and named in done.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +270,7 @@ def test_bad_arguments(arguments, named, planes_tiny, split_tiny, tmp_path):
 def test_damaged_stage_is_not_restored(stage, planes_tiny, tmp_path):
     copy = Path(shutil.copytree(planes_tiny, tmp_path / "copy"))
     flip_last_byte(copy / f"model-stage{stage}.safetensors")
-    done = run_script(SPLIT, "--restore", copy, tmp_path / "out")
+    done = run_main(prune_and_split, "--restore", copy, tmp_path / "out")
     assert done.returncode == 2 and "damaged" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -271,15 +279,6 @@ def test_damaged_stage_is_not_restored(stage, planes_tiny, tmp_path):
 
 
 PROMPTS = ["Hello", "The quick brown fox jumps", "x" * 300, *(f"{number} times" * number for number in range(3, 64))]
-
-
-def probe(tmp_path: Path, *arguments) -> dict:
-    prompts, out = tmp_path / "prompts.json", tmp_path / "found.json"
-    prompts.write_text(json.dumps(PROMPTS))
-    command = [sys.executable, *map(str, [PROBE, *arguments, prompts, out])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
 
 
 FINAL_STATES = {
@@ -297,37 +296,40 @@ FINAL_STATES = {
 }
 
 
-@pytest.fixture(scope="module")
-def final_states(tmp_path_factory) -> dict[str, dict]:
-    """What engine_probe.py found for each of FINAL_STATES, in one process."""
-    arguments = []
-    for model_class, config, dtype, *options in FINAL_STATES.values():
-        folder = tmp_path_factory.mktemp("final")
-        model = make_llama(folder / "model", model_class, dtype=getattr(torch, dtype), **config)
-        split_planes(model, folder / "planes", *options)
-        arguments += [folder / "planes", model, dtype]
-    return dict(zip(FINAL_STATES, probe(folder, "brief", *arguments), strict=True))
-
-
-@pytest.mark.parametrize("case", FINAL_STATES)
-def test_last_stage_is_the_source(case, final_states):
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "case, count",
+    [("llama", 16), ("gemma3, tied", 16), *(pytest.param(case, 64, marks=pytest.mark.slow) for case in FINAL_STATES)],
+)
+def test_last_stage_is_the_source(case, count, probe, tmp_path):
     """Planes that have sharpened a model in place, requests between: to the last bit what stock vLLM serves."""
-    assert len(final_states[case]["stock"]) == 64
-    assert final_states[case]["stage3"] == final_states[case]["stock"]
+    model_class, config, dtype, *options = FINAL_STATES[case]
+    model = make_llama(tmp_path / "model", model_class, dtype=getattr(torch, dtype), **config)
+    split(model, tmp_path / "planes", *options)
+    found = probe("brief", checkpoint=tmp_path / "planes", source=model, dtype=dtype, prompts=PROMPTS[:count])
+    assert len(found["stock"]) == count
+    assert found["stage3"] == found["stock"]
 
 
-def test_last_stage_is_the_source_in_a_compiled_graph(planes_tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    (found,) = probe(tmp_path, "brief", planes_tiny, planes_tiny.with_name("model"), "float32+compiled")
+@pytest.mark.server
+@pytest.mark.slow
+def test_last_stage_is_the_source_in_a_compiled_graph(planes_tiny, probe):
+    source = planes_tiny.with_name("model")
+    job = {"checkpoint": planes_tiny, "source": source, "dtype": "float32", "compiled": True}
+    found = probe("brief", **job, prompts=PROMPTS)
     assert found["stage3"] == found["stock"] != found["stage1"]
 
 
-def test_held_stages_are_the_model_at_that_precision(planes_tiny, tmp_path):
+@pytest.mark.server
+def test_held_stages_are_the_model_at_that_precision(planes_tiny, probe, tmp_path):
     source = planes_tiny.with_name("model")
-    models = [at_stage(planes_tiny, stage, source, tmp_path / f"stage{stage}") for stage in (1, 2)]
-    found = probe(tmp_path, "held", planes_tiny, *models, source)
-    assert found["held"] == found["stock"]
-    assert found["held"][0] != found["held"][1] != found["held"][2]
+    models = [*(at_stage(planes_tiny, stage, source, tmp_path / f"stage{stage}") for stage in (1, 2)), source]
+    held = []
+    for stage, model in enumerate(models, 1):
+        found = probe("held", checkpoint=planes_tiny, stage=stage, model=model, prompts=PROMPTS[:16])
+        assert found["held"] == found["stock"]
+        held.append(found["held"])
+    assert held[0] != held[1] != held[2]
 
 
 def test_adapters_do_not_go_with_planes(planes_tiny, tmp_path):

@@ -960,8 +960,8 @@ class Decoding:
         self.source = progressive_serve.StageSource(serving, self.plan, rank=0, workers=1)
         stages = dict(start_stage=start_stage, min_stage=min_stage, hold_stage=3)
         job = SimpleNamespace(journal=journal, buffer=buffer, **stages)
-        decoder = progressive_serve.Decoder(job, self.plan)
-        self.thread = threading.Thread(target=decoder.run, daemon=True)
+        self.decoder = progressive_serve.Decoder(job, self.plan)
+        self.thread = threading.Thread(target=self.decoder.run, daemon=True)
         self.thread.start()
 
     def arrive(self, *stages: int, verified: bool = True) -> None:
@@ -1114,8 +1114,12 @@ def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
     assert not decoding.thread.is_alive()
 
 
-def test_stage_is_made_anew_when_its_bytes_are_mended(planes_tiny):
-    """Whole, whatever was made and taken of it before: the records may have been good, and the file yet bad."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_stage_is_made_anew_when_its_bytes_are_mended(at_once, planes_tiny):
+    """Whole, whatever was made and taken of it before: the records may have been good, and the file yet bad.
+
+    A decoder that got no processor meanwhile heard of both at once, and waited for ever.
+    """
     source = load_file(planes_tiny.with_name("model") / "model.safetensors")
     decoding = Decoding(planes_tiny, start_stage=1)
     decoding.journal.mark("model created", rank=0)
@@ -1128,15 +1132,18 @@ def test_stage_is_made_anew_when_its_bytes_are_mended(planes_tiny):
     half = decoding.source.weights(decoding.plan.stages[2:])
     assert next(half) and next(half)
     decoding.wait_for(lambda arrivals: 3 in arrivals.decoded)
-    decoding.journal.mark("spoilt", stage=3, text="the checksum of the file differs")
-    late = {"name": "late", "dtype": "BF16", "shape": [1], "begin": 0, "end": 2}
-    decoding.journal.mark("tensor", stage=3, attempt=0, **late)  # by a decoder that has not heard of it
-    decoding.wait_for(lambda arrivals: arrivals.bad)
-    for file in decoding.plan.files:
-        decoding.buffer.refill(file.name)
-        decoding.buffer.place_of(file.name)[:] = (planes_tiny / file.name).read_bytes()
-    decoding.journal.mark("mended", stage=3)
-    decoding.arrive(3)
+    with decoding.decoder.following if at_once else contextlib.nullcontext():  # held, it hears nothing
+        decoding.journal.mark("spoilt", stage=3, text="the checksum of the file differs")
+        late = {"name": "late", "dtype": "BF16", "shape": [1], "begin": 0, "end": 2}
+        decoding.journal.mark("tensor", stage=3, attempt=0, **late)  # by a decoder that has not heard of it
+        decoding.wait_for(lambda arrivals: arrivals.bad)
+        for file in decoding.plan.files:
+            decoding.buffer.refill(file.name)
+            decoding.buffer.place_of(file.name)[:] = (planes_tiny / file.name).read_bytes()
+        if not at_once:
+            wait_for(lambda: decoding.decoder.arrivals.bad)
+        decoding.journal.mark("mended", stage=3)
+        decoding.arrive(3)
     assert decoding.source.next_stage(2) == 3
     assert_same(decoding.weights(3, 3), source)
 
