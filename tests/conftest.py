@@ -305,6 +305,7 @@ class Probe(Process):
     """engine_probe.py, which is asked for one job after another."""
 
     def __init__(self, folder: Path, **env: str):
+        servers.check_may_start()
         self.folder, self.found = folder, {}
         # Compiled graphs of stock vLLM are shared by the jobs of a process, and by no others.
         cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}
