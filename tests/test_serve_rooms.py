@@ -258,6 +258,20 @@ def test_bad_checkpoint(case, split_tiny, tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "{}/x.safetensors", "below/x.safetensors", "..", "."])
+def test_manifest_names_files_of_its_own_folder_only(name, copied):
+    """Also where there is such a file: a manifest from the network must not say what the server reads."""
+    import progressive_serve
+
+    for folder in (copied.parent, copied / "below"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(copied / "model-stage1.safetensors", folder / "x.safetensors")
+    name = name.format(copied.parent)
+    edit_manifest(copied, lambda manifest: manifest["stages"][0]["files"][0].update(name=name))
+    with pytest.raises(progressive_serve.UsageError, match="points outside"):
+        progressive_serve.read_plan(copied)
+
+
 # ---- stage adapters --------------------------------------------------------------------------------
 
 
@@ -438,6 +452,23 @@ def test_copy_that_went_bad_is_removed(read, copied, tmp_path):
         assert (cached / path.name).read_bytes() == path.read_bytes()
 
 
+def test_bad_source_gets_no_copy(copied, tmp_path, read):
+    """A copy with its name is taken for good by every server that comes later."""
+    bad = copied / "model-stage2.safetensors"
+    right = bad.read_bytes()
+    flip_last_byte(bad)
+    reading = read(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for(lambda progress: 2 in progress.bad)
+    (cached,) = (tmp_path / "cache").iterdir()
+    reading.wait_for(lambda _: not list(cached.glob("model-stage2*.partial")))  # copying ends behind the reading
+    assert not (cached / bad.name).exists()
+    (tmp_path / "right").write_bytes(right)
+    os.rename(tmp_path / "right", bad)
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(300) == 0
+    assert (cached / bad.name).read_bytes() == right
+
+
 def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
     import progressive_serve
 
@@ -510,6 +541,30 @@ def test_object_store_is_read_and_cached(read, bucket, split_tiny, tmp_path):
     (cached,) = (tmp_path / "cache").iterdir()
     for file in reading.plan.files:
         assert (cached / file.name).read_bytes() == (split_tiny / file.name).read_bytes()
+
+
+def test_chunks_of_an_object_store_may_come_in_any_order(monkeypatch):
+    """What is told to have arrived has, however late the first chunk is."""
+    import progressive_serve
+
+    data = os.urandom(10)
+    chunks = {number: torch.frombuffer(bytearray(data[4 * number :][:4]), dtype=torch.uint8) for number in range(3)}
+
+    class Streamer(contextlib.ExitStack):
+        def stream_files(self, files, memory_limit):
+            assert files == [(0, "s3://x", 0, [4, 4, 2])]
+
+        def get_chunks(self):
+            return [(0, number, chunks[number]) for number in (1, 2, 0)]
+
+    runai = SimpleNamespace(FileChunks=SimpleNamespace(contiguous=lambda *of: of), FileStreamer=Streamer)
+    monkeypatch.setitem(sys.modules, "runai_model_streamer", runai)
+    monkeypatch.setattr(progressive_serve, "READ_CHUNK", 4)
+    place, arrived = memoryview(bytearray(len(data))), []
+    for end in progressive_serve.read_object("s3://x", place, lambda *_: contextlib.nullcontext()):
+        assert place[:end] == data[:end]
+        arrived.append(end)
+    assert arrived == [0, 0, 10]
 
 
 @pytest.mark.parametrize("uri", ["s3://models/nothing", "s3://nobody/tiny"])
@@ -1365,6 +1420,37 @@ def bare_binding(**attributes):
     binding = object.__new__(progressive_serve.Binding)
     vars(binding).update(attributes)
     return binding
+
+
+def test_every_part_of_the_first_forward_pass_waits_for_its_weights(split_tiny):
+    """Once, in its order, and the norm for the checksums; an engine alone may have them in time."""
+    import progressive_serve
+
+    waited = []
+
+    def arrival(name: str) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda: waited.append(name))
+
+    inner = SimpleNamespace(embed_tokens=torch.nn.Identity(), norm=torch.nn.Identity())
+    inner.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+    parts = (inner.embed_tokens, *inner.layers)
+    binding = bare_binding(
+        model=SimpleNamespace(model=inner),
+        plan=progressive_serve.read_plan(split_tiny),
+        complete={part: arrival(name) for part, name in zip(parts, ["embedding", 0, 1, 2, 3], strict=True)},
+        verified=arrival("checksums"),
+        placing=SimpleNamespace(fills_while_serving=True),
+        adapters=SimpleNamespace(swap=lambda stage: None),
+        gates={},
+        graph_is_fixed=False,
+        failure=None,
+        stage=0,
+    )
+    binding.activate(1)
+    for _ in range(2):
+        for part in (*parts, inner.norm):
+            part(torch.zeros(1))
+    assert waited == ["embedding", 0, 3, "checksums"]  # layers 1 and 2 come with later stages
 
 
 def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
