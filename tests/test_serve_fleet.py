@@ -2,8 +2,8 @@
 
 Three fleets start in `make test`, where this file takes about three minutes (two of CPU time, the rest is waiting for
 Ray). Most tests share one, on a Ray cluster of nodes of this machine; two have a Ray of their own. Their engines are
-tests/fake_engine.py. A test holds an engine where it wants to have it (no start, no further stage, no further token), so
-that nothing is over before the test looks. Real engines start only in the last test, which is slow.
+tests/fake_engine.py. A test holds an engine where it wants to have it (no start, no further stage, no further token),
+so that nothing is over before the test looks. Real engines start only in the last test, which is slow.
 """
 
 import asyncio
