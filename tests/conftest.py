@@ -304,12 +304,13 @@ def bucket(split_tiny, tmp_path_factory):
 class Probe(Process):
     """engine_probe.py, which is asked for one job after another."""
 
-    def __init__(self, folder: Path, **env: str):
+    def __init__(self, folder: Path):
+        servers.check_may_start()
         self.folder, self.found = folder, {}
         # Compiled graphs of stock vLLM are shared by the jobs of a process, and by no others.
         cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}
         counted = {"TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1"}  # kernels have names that the profiler sees
-        super().__init__(folder / "log", PROBE, folder, env=cache | counted | env, stdin=subprocess.PIPE, text=True)
+        super().__init__(folder / "log", PROBE, folder, env=cache | counted, stdin=subprocess.PIPE, text=True)
 
     def __call__(self, do: str, **job):
         """What the job has found; the same job is done once."""

@@ -1,6 +1,7 @@
 """What tests start, ask and wait for: servers, the standby that forks them, checkpoints whose stages are held back."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -28,6 +29,7 @@ MARK = "TEST_WORKER"  # in the environment of every process that a test starts, 
 # a standby refuses a caller whose environment is another one.
 os.environ[MARK] = str(os.getpid())
 ENVIRON = dict(os.environ)
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 may_start = True  # conftest.py: whether the test that runs is marked as one that starts servers
 
 
@@ -77,9 +79,13 @@ def check_may_start() -> None:
     assert may_start, "mark this test with pytest.mark.server: make test-quick starts none"
 
 
-def default_signals() -> None:
-    """What `nohup make test` has ignored is no longer: a child would ignore it, too, and pass it on to nobody."""
+def prepare_child() -> None:
+    """In a child before its program. It ends with this test worker, if that is killed.
+
+    What `nohup make test` has ignored is no longer: a child would ignore it, too, and pass it on to nobody.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Process:
@@ -93,7 +99,7 @@ class Process:
         self.log = log
 
         def before() -> None:
-            default_signals()
+            prepare_child()
             if prepare:
                 prepare()
 

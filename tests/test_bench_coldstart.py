@@ -192,7 +192,7 @@ def release_once_all_stream(held, streams: int, monkeypatch) -> None:
 
 
 def patient_server(folder: Path) -> Path:
-    """The server, but it waits ten minutes for files that stand still: Held stood still for ten seconds once."""
+    """The server, with ten minutes for files that stand still: a busy machine kept Held still for ten seconds."""
     text = SERVER.read_text()
     assert text.count("\nGROWTH_SECONDS = 10.0 ") == 1
     script = folder / SERVER.name

@@ -1,6 +1,7 @@
 """Graphs of a GPU that are captured after the first token, tested on a CPU.
 
 vLLM's manager of graphs (runner V2) is the real one; CUDA and the forward pass are not there.
+No engine; about MINUTES, half of which is importing vLLM.
 """
 
 import asyncio
@@ -94,6 +95,14 @@ class Runner:
         return desc.cg_mode.name if desc.cg_mode == CUDAGraphMode.NONE else f"{desc.cg_mode.name} {desc.num_tokens}"
 
 
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """No second for the first tokens, which nobody waits for here."""
+    import progressive_serve
+
+    monkeypatch.setattr(progressive_serve, "FIRST_TOKENS_SECONDS", 0)
+
+
 @pytest.fixture
 def runner(monkeypatch):
     return Runner(monkeypatch)
@@ -106,6 +115,7 @@ def worker(runner, monkeypatch):
 
     Device(monkeypatch, free=4 * GIB)
     monkeypatch.setattr(progressive_serve.gc, "freeze", lambda: None)
+    monkeypatch.setattr(progressive_serve.gc, "collect", lambda: None)  # half a second: of all that is imported
     runner.model.later_capture = progressive_serve.LaterCapture()
     binding = SimpleNamespace(remove_gates=lambda: None)
     vars(runner.model).update(binding=binding, later_compilation=SimpleNamespace(begin=lambda runner: None))

@@ -160,7 +160,7 @@ def test_failed_transition_goes_back(probe, adapted_float32, adapted_checkpoint,
 
 def test_nothing_is_computed_within_a_transition(demo_checkpoint, prompts, tmp_path):
     """By an engine in a process of its own: K and V of requests that run meanwhile would be of the old stage."""
-    process = Probe(tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    process = Probe(tmp_path)
     try:
         found = process("apart", checkpoint=demo_checkpoint, prompts=prompts)
     finally:
