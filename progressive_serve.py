@@ -1286,13 +1286,19 @@ class Inflow:
             self.arrivals.fold(self.journal.follow())
 
     def wait(self, arrived: Callable[[Arrivals], bool], stage: int) -> None:
-        """Wait until arrived(arrivals). Raises StageSpoilt for an error that is reported and spoils `stage`."""
+        """Wait until arrived(arrivals). Raises StageSpoilt for an error that is reported and spoils `stage`.
+
+        Also where it has been mended since the last look: what was made of the bad bytes is gone, and never arrives.
+        """
+        attempt = self.arrivals.attempt(stage)
         while True:
             self.follow()
             if arrived(self.arrivals):
                 return
             if self.arrivals.error and self.arrivals.spoilt <= stage:
                 raise StageSpoilt(self.arrivals.error)
+            if self.arrivals.attempt(stage) != attempt:
+                raise StageSpoilt(f"bytes of stage {stage} were bad, and have been mended")
             time.sleep(POLL_SECONDS)
 
     def wait_resident(self, stage: int) -> None:

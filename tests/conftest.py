@@ -255,16 +255,6 @@ def adapted_checkpoint(demo_checkpoint, tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.fixture(scope="session")
-def coldstart(adapted_checkpoint, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """A run of the benchmark: ProgressiveServe, once, and its throughput; the finished process, and its result file."""
-    out = tmp_path_factory.mktemp("coldstart") / "results" / "cold.json"
-    options = ["--mode", "progressive", "--trials", "1", "--throughput", "2x8,1x4,2x8", "--json", out]
-    done = run_script(BENCH, "--checkpoint", adapted_checkpoint, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done, out
-
-
 @pytest.fixture
 def short_tmp():
     """A temporary folder whose path is short enough for the sockets of Ray and vLLM."""
@@ -315,6 +305,7 @@ class Probe(Process):
     """engine_probe.py, which is asked for one job after another."""
 
     def __init__(self, folder: Path):
+        servers.check_may_start()
         self.folder, self.found = folder, {}
         # Compiled graphs of stock vLLM are shared by the jobs of a process, and by no others.
         cache = {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}

@@ -2,11 +2,13 @@
 """An engine without a model, for tests of a fleet: OpenAI-shaped, with a start time, stages, and a rate of tokens.
 
 Its tokens are a function of all tokens before them, so that a stream that was continued can be told from one that was
-not. Of a checkpoint it reads the manifest alone. FAKE_ENGINE in the environment sets what it is like, as JSON.
+not. FAKE_ENGINE in the environment says how it behaves, as JSON; so does behaviour.json beside the checkpoint's
+manifest, which comes first. The file is read again for every step: a test holds an engine with it, and lets it go on.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -16,13 +18,18 @@ from pathlib import Path
 
 from aiohttp import web
 
+BEHAVIOUR = "behaviour.json"
 DEFAULTS = {
-    "start": 0.3,
+    "fails": False,  # whether it ends instead of starting
+    "starts": True,  # False: it does not listen until this is True
+    "start": 0.3,  # seconds
     "stage_seconds": [0.0, 0.5, 1.0],
+    "stage": None,  # the last one that comes; None: all do
     "token_seconds": 0.02,
-    "first_token_seconds": 0.0,
-    "detokenize": True,
+    "tokens": None,  # of an answer, after which it waits; None: it does not
+    "detokenize": True,  # False: it answers with an error
 }
+HELD_SECONDS = 0.02  # how often whoever waits looks at the file
 VOCABULARY = 50000
 
 
@@ -42,14 +49,28 @@ def tokens_of(text: str) -> list[int]:
 
 
 class FakeEngine:
-    def __init__(self, args: argparse.Namespace, settings: dict):
-        self.args, self.settings = args, settings
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.defaults = args, DEFAULTS | json.loads(os.environ.get("FAKE_ENGINE", "{}"))
         self.listening = time.monotonic()
-        self.last = len(settings["stage_seconds"])
+        self.last = len(self.defaults["stage_seconds"])
+        self.answering = 0
+
+    def behaves(self, name: str):
+        behaviour = {}
+        with contextlib.suppress(FileNotFoundError):
+            behaviour = json.loads((self.args.checkpoint / BEHAVIOUR).read_text())
+        return behaviour.get(name, self.defaults[name])
 
     def stage(self) -> int:
         since = time.monotonic() - self.listening
-        return sum(seconds <= since for seconds in self.settings["stage_seconds"])
+        stage = sum(seconds <= since for seconds in self.behaves("stage_seconds"))
+        return min(stage, self.behaves("stage") or self.last)
+
+    async def next_step(self, number: int) -> None:
+        """Waits as long as the token with this number takes, from 0 on."""
+        await asyncio.sleep(self.behaves("token_seconds"))
+        while (most := self.behaves("tokens")) is not None and number >= most:
+            await asyncio.sleep(HELD_SECONDS)
 
     async def progress(self, _) -> web.Response:
         stage = self.stage()
@@ -57,12 +78,18 @@ class FakeEngine:
             {"stage": number, "bytes": 100, "bytes_loaded": 100 if number <= stage else 0}
             for number in range(1, self.last + 1)
         ]
-        timeline = [{"event": "ready", "seconds": self.settings["start"]}]
-        return web.json_response(
-            {"stage": stage, "num_stages": self.last, "min_stage": 1, "stages": stages, "timeline": timeline}
-        )
+        timeline = [{"event": "ready", "seconds": self.behaves("start")}]
+        found = {"stage": stage, "num_stages": self.last, "min_stage": 1, "stages": stages, "timeline": timeline}
+        return web.json_response(found | {"answering": self.answering})
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        self.answering += 1
+        try:
+            return await self.answer(request)
+        finally:
+            self.answering -= 1
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         if (key := os.environ.get("VLLM_API_KEY")) and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": {"message": "no key", "code": 401}}, status=401)
         body = await request.json()
@@ -72,12 +99,12 @@ class FakeEngine:
         prompt = given or (tokens_of(source) if isinstance(source, str) else source)
         wanted = int(request.headers.get("X-Progressive-Min-Stage", 1))
         while self.stage() < wanted:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(HELD_SECONDS)
         tokens, count = list(prompt), body.get("max_tokens") or 16
         headers = {"X-Progressive-Stage": str(self.stage())}
         if not body.get("stream"):
-            for _ in range(count):
-                await asyncio.sleep(self.settings["token_seconds"])
+            for number in range(count):
+                await self.next_step(number)
                 tokens.append(next_token(tokens))
             text = "".join(map(text_of, tokens[len(prompt) :]))
             choice = {"index": 0, "finish_reason": "length"}
@@ -86,7 +113,6 @@ class FakeEngine:
             return web.json_response({"id": "whole", "choices": [choice], "usage": usage}, headers=headers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **headers})
         await response.prepare(request)  # as vLLM does, before there is a token
-        await asyncio.sleep(self.settings["first_token_seconds"])
 
         async def send(**event) -> None:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -97,7 +123,7 @@ class FakeEngine:
             event = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
             await send(**identity, **event, **({"prompt_token_ids": prompt} if ids else {}))
         for number in range(1, count + 1):
-            await asyncio.sleep(self.settings["token_seconds"])
+            await self.next_step(number - 1)
             tokens.append(next_token(tokens))
             text = text_of(tokens[-1])
             choice = {"index": 0, "finish_reason": "length" if number == count else None}
@@ -113,7 +139,7 @@ class FakeEngine:
         return response
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        if not self.settings["detokenize"]:
+        if not self.behaves("detokenize"):
             return web.json_response({"error": {"message": "it fails", "code": 500}}, status=500)
         return web.json_response({"prompt": "".join(map(text_of, (await request.json())["tokens"]))})
 
@@ -143,12 +169,14 @@ def main() -> int:
     parser.add_argument("--shutdown-timeout", type=float, default=0.1)
     parser.add_argument("--served-model-name")
     args, _ = parser.parse_known_args()
-    settings = DEFAULTS | json.loads(os.environ.get("FAKE_ENGINE", "{}"))
-    if (args.checkpoint / "fails").exists():
+    engine = FakeEngine(args)
+    if engine.behaves("fails"):
         print("error: this engine does not start", file=sys.stderr)
         return 2
-    time.sleep(settings["start"])
-    asyncio.run(FakeEngine(args, settings).run())
+    time.sleep(engine.behaves("start"))
+    while not engine.behaves("starts"):
+        time.sleep(HELD_SECONDS)
+    asyncio.run(engine.run())
     return 0
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 
 import aiohttp
 from conftest import ROOT, free_port
-from test_serve_fleet import FAKE_ENGINE, WITHOUT_MODEL, Fleet, engine_process, new_cluster, undisturbed
+from fleets import FAKE_ENGINE, WITHOUT_MODEL, Fleet, engine_process, new_cluster, undisturbed
 from tqdm import tqdm
 
 from serve_fleet import Demand, ModelOnNode, Node, Settings, choose, seconds_to_start
@@ -476,7 +476,7 @@ def fleet_of(cluster, *arguments) -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory() as folder:
         fleet = Fleet(cluster, Path(folder) / "log", f"m={DEMO}", *arguments)
         try:
-            fleet.wait(lambda: len(fleet.state()["nodes"]) == len(cluster.worker_nodes), "its nodes are there")
+            fleet.wait_for_nodes(len(cluster.worker_nodes))
             yield fleet
         finally:
             fleet.stop()

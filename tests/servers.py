@@ -1,6 +1,7 @@
 """What tests start, ask and wait for: servers, the standby that forks them, checkpoints whose stages are held back."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -28,6 +29,7 @@ MARK = "TEST_WORKER"  # in the environment of every process that a test starts, 
 # a standby refuses a caller whose environment is another one.
 os.environ[MARK] = str(os.getpid())
 ENVIRON = dict(os.environ)
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 may_start = True  # conftest.py: whether the test that runs is marked as one that starts servers
 
 
@@ -73,9 +75,17 @@ def free_port() -> int:
 # ---- processes ---------------------------------------------------------------------------------------
 
 
-def default_signals() -> None:
-    """What `nohup make test` has ignored is no longer: a child would ignore it, too, and pass it on to nobody."""
+def check_may_start() -> None:
+    assert may_start, "mark this test with pytest.mark.server: make test-quick starts none"
+
+
+def prepare_child() -> None:
+    """In a child before its program. It ends with this test worker, if that is killed.
+
+    What `nohup make test` has ignored is no longer: a child would ignore it, too, and pass it on to nobody.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Process:
@@ -86,11 +96,10 @@ class Process:
     """
 
     def __init__(self, log: Path, *command, env: dict[str, str] | None = None, prepare=None, **options):
-        assert may_start, "mark this test with pytest.mark.server: make test-quick starts none"
         self.log = log
 
         def before() -> None:
-            default_signals()
+            prepare_child()
             if prepare:
                 prepare()
 
@@ -148,6 +157,7 @@ class Standby(Process):
     """progressive_serve.py --standby, at a socket in a folder."""
 
     def __init__(self, folder: Path, **options):
+        check_may_start()
         self.socket = folder / "standby"
         super().__init__(folder / "standby.log", SERVER, "--standby", self.socket, **options)
 
@@ -182,6 +192,7 @@ class Server(Process):
         kv_cache=KV_CACHE,
         **how,
     ):
+        check_may_start()
         self.port, self.standby = free_port(), standby
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [checkpoint, "--port", self.port, *SERVED, *kv_cache, *options]
@@ -388,7 +399,7 @@ class Held:
         self.copier.start()
 
     def go_on(self) -> None:
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(1.0):  # the pace of a copier
             (self.path / ".more.safetensors.partial").touch()
 
     def release(self, *stages: int) -> None:

@@ -1,12 +1,14 @@
 """serve_fleet.py: where a request goes, how a stream goes on elsewhere, and fleets of engines without a model.
 
-The nodes are Ray's, three or four on one machine; the engines are tests/fake_engine.py, but for the last tests.
+Three fleets start in `make test`, where this file takes about three minutes (two of CPU time, the rest is waiting for
+Ray). Most tests share one, on a Ray cluster of nodes of this machine; two have a Ray of their own. Their engines are
+tests/fake_engine.py. A test holds an engine where it wants to have it (no start, no further stage, no further token),
+so that nothing is over before the test looks. Real engines start only in the last test, which is slow.
 """
 
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -14,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +26,31 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import requests
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, run_script
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
-from fake_engine import next_token, text_of, tokens_of
-from prometheus_client.parser import text_string_to_metric_families
+from fleets import (
+    FAKE_ENGINE,
+    FLEET,
+    WITHOUT_MODEL,
+    Fleet,
+    behaving,
+    command_of,
+    engine_process,
+    kill_all,
+    new_cluster,
+    processes_with,
+    roots_of,
+    text_in,
+    undisturbed,
+    wait_until,
+)
 
 import serve_fleet
 from serve_fleet import Demand, Engine, ModelOnNode, Node, Settings, Stream, choose
 
-FLEET, FAKE_ENGINE = ROOT / "serve_fleet.py", ROOT / "tests" / "fake_engine.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WITHOUT_MODEL = ["--server", FAKE_ENGINE, "--no-standby"]
+KEY, HELD, STREAMS = "secret", 24, 4  # of the shared fleet: its API key, its --hold-limit; streams of most tests
 GB = 10**9
 
 
@@ -218,11 +235,6 @@ def chunks(tokens: list[int], texts: list[str], chat: bool = False, prompt=(1, 2
     if finish:
         events[-1]["choices"][0]["finish_reason"] = finish
     return events
-
-
-def text_in(events: list[dict], chat: bool = False) -> str:
-    choices = [choice for event in events for choice in event["choices"]]
-    return "".join((choice["delta"].get("content") if chat else choice["text"]) or "" for choice in choices)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -455,6 +467,7 @@ def agent():
         asyncio.run(one.end())
 
 
+@pytest.mark.server
 def test_a_checkpoint_in_an_object_store(agent, split_tiny, bucket):
     (remote,), (local,) = (agent(checkpoint).models.values() for checkpoint in (bucket, split_tiny))
     assert remote.problem is None and remote.sizes == local.sizes and sum(remote.sizes) > 0
@@ -478,6 +491,17 @@ def test_tokens_of_a_chat_that_does_not_say_how_many(agent, split_tiny, tmp_path
     assert agent(checkpoint).models["m"].max_tokens is None
 
 
+class Looked(dict):
+    """Counts how often somebody has looked."""
+
+    times = 0
+
+    def get(self, *args):
+        self.times += 1
+        return super().get(*args)
+
+
+@pytest.mark.server
 def test_an_engine_that_is_not_needed_ends_after_those_whom_it_answers(agent, split_tiny):
     agent = agent(split_tiny)
 
@@ -486,22 +510,36 @@ def test_an_engine_that_is_not_needed_ends_after_those_whom_it_answers(agent, sp
         (engine,) = agent.running
         assert await agent.started(engine) is None
         ends = asyncio.create_task(agent.stop(engine))
-        for _ in range(5):  # a request has come to it before the ingress knew
-            await asyncio.sleep(0.2)
-            (said,) = (await agent.state({"m": 1}, {engine: 1}))["engines"]
+        used = Looked({engine: 1})  # a request has come to it before the ingress knew
+        while used.times < 3:
+            await asyncio.sleep(0.02)
+            (said,) = (await agent.state({"m": 1}, used))["engines"]
             assert said["ending"] and agent.usable("m") == []
         assert not ends.done() and agent.running[engine].popen.poll() is None
         await agent.state({}, {})
-        await asyncio.wait_for(ends, 30)
+        await asyncio.wait_for(ends, 60)
         for task in agent.watching:
             task.cancel()
 
     asyncio.run(scenario())
 
 
-def run_fleet(*arguments, **env):
-    command = [sys.executable, str(FLEET), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False)
+@pytest.fixture
+def run_fleet(monkeypatch, capsys):
+    """Runs serve_fleet.py in this process: (exit status, what it says on stderr)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(FLEET), *map(str, arguments)])
+        try:
+            status = serve_fleet.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, capsys.readouterr().err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -514,554 +552,465 @@ def run_fleet(*arguments, **env):
         (["ftp://host/m"], "ftp://host/m: a checkpoint is a folder, or at s3:// or gs://"),
     ],
 )
-def test_bad_input(arguments, said):
-    done = run_fleet(*arguments)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+def test_bad_input(run_fleet, arguments, said):
+    status, errors = run_fleet(*arguments)
+    assert status == 2 and said in errors, errors
 
 
 def test_without_ray(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('there is none')")
-    done = run_fleet("CKPT", PYTHONPATH=str(tmp_path))
+    done = run_script(FLEET, "CKPT", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "pip install 'ray[serve]==2.60.0'" in done.stderr
 
 
-def test_config_for_serve_deploy(tmp_path):
+def test_config_for_serve_deploy(run_fleet, tmp_path):
     import yaml
     from ray.serve.schema import ServeDeploySchema
 
     path = tmp_path / "fleet.yaml"
-    done = run_fleet("m=somewhere", "--write-config", path, "--idle", 5, "--max-model-len", 64)
-    assert done.returncode == 0, done.stderr
+    status, errors = run_fleet("m=somewhere", "--write-config", path, "--idle", 5, "--max-model-len", 64)
+    assert status == 0, errors
     (app,) = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
     assert app.import_path == "serve_fleet:build" and app.args["options"] == ["--max-model-len", "64"]
     assert app.args["idle"] == 5.0 and Path(app.args["server"]).is_file()
     assert serve_fleet.build(app.args) is not None
 
 
-# ---- fleets -----------------------------------------------------------------------------------------
-
-
-def undisturbed(prompt: str, count: int) -> str:
-    tokens = tokens_of(prompt)
-    begin = len(tokens)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return "".join(map(text_of, tokens[begin:]))
-
-
-class Fleet:
-    """serve_fleet.py on a Ray cluster of several nodes of this machine, and its clients."""
-
-    def __init__(self, cluster, log: Path, *arguments):
-        self.cluster, self.log, self.port = cluster, log, free_port()
-        self.url, self.headers = f"http://127.0.0.1:{self.port}", {}
-        command = [sys.executable, FLEET, "--address", cluster.address, "--port", self.port, "--num-cpus", 1]
-        command += ["--room", 8, "--idle", 600, *arguments]
-        with open(log, "w") as output:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT)
-        self.wait(lambda: requests.get(f"{self.url}/health", timeout=2).ok, "listens")
-
-    def wait(self, holds, what: str, seconds: float = 120.0):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            with contextlib.suppress(requests.RequestException):
-                if found := holds():
-                    return found
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        pytest.fail(f"not within {seconds} s: {what}\n{self.log.read_text()}")
-
-    def state(self) -> dict:
-        return requests.get(f"{self.url}/fleet", timeout=60).json()
-
-    def metrics(self) -> dict[tuple[str, str], float]:
-        """(name, the value of its label) -> value."""
-        text = requests.get(f"{self.url}/metrics", timeout=5).text
-        families = text_string_to_metric_families(text)
-        return {(one.name, "".join(one.labels.values())): one.value for family in families for one in family.samples}
-
-    def leases(self, of: str | None = None) -> int:
-        """Of a node; of all."""
-        return sum(node["models"]["m"]["leases"] for node in self.state()["nodes"] if of in (None, node["node"]))
-
-    def engines(self) -> list[dict]:
-        return [{**engine, "node": node["node"]} for node in self.state()["nodes"] for engine in node["engines"]]
-
-    def ray_node(self, node: str):
-        return next(one for one in self.cluster.worker_nodes if one.node_id == node)
-
-    def drain(self, node: str) -> None:
-        command = [
-            Path(sys.executable).with_name("ray"),
-            "drain-node",
-            "--address",
-            self.cluster.address,
-            "--node-id",
-            node,
-        ]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True, stdout=subprocess.DEVNULL)
-
-    def ask(self, prompt: str = "one two", count: int = 4, **options) -> requests.Response:
-        body = {"model": "m", "prompt": prompt, "max_tokens": count, **options}
-        return requests.post(f"{self.url}/v1/completions", json=body, headers=self.headers, timeout=180)
-
-    def stream(
-        self, prompt: str, count: int, began: threading.Event | None = None, chat: bool = False, **options
-    ) -> tuple[str, list]:
-        """(text, events) of a streamed answer."""
-        body = {"model": "m", "max_tokens": count, "stream": True, **options}
-        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        events, path = [], "/v1/chat/completions" if chat else "/v1/completions"
-        with requests.post(self.url + path, json=body, headers=self.headers, stream=True, timeout=180) as response:
-            assert response.status_code == 200, response.text
-            for line in response.iter_lines():
-                if line.startswith(b"data: {"):
-                    events.append(json.loads(line[6:]))
-                    if began and len(events) == 3:
-                        began.set()
-        return text_in([event for event in events if "choices" in event], chat), events
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(120) == 0, self.log.read_text()
-
-
-@contextlib.contextmanager
-def new_cluster(**head):
-    """Ray, with a head that has no room for engines. As on one machine its workers give way to nobody."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")
-        arguments = {"num_cpus": 0, "include_dashboard": False, **head}
-        cluster = Cluster(initialize_head=True, head_node_args=arguments)
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
+# ---- a fleet that most tests share --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def marked():
+    """All processes of this module have this in their environment; none is left at its end."""
+    name, value = "FLEET_OF_TESTS", uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        yield
+    left = []
+
+    def is_left() -> bool:
+        left[:] = processes_with(name, value)
+        return not left
+
+    try:
+        wait_until(is_left, "all processes have ended")
+    except AssertionError:
+        commands = [command_of(process) for process in left]
+        kill_all(left)
+        pytest.fail(f"left: {commands}")
+
+
+@pytest.fixture(scope="module")
+def cluster(marked):
     with new_cluster() as cluster:
         yield cluster
 
 
+def add_node(cluster) -> None:
+    """With room for one engine."""
+    cluster.add_node(wait=False, num_cpus=1, env_vars={"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+@pytest.fixture(scope="module")
+def checkpoints(split_tiny, tmp_path_factory) -> dict[str, Path]:
+    """Of each model one of its own, for the engines' behaviour lies in it."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: Path(shutil.copytree(split_tiny, folder / name)) for name in ("m", "burst", "broken")}
+
+
+@pytest.fixture(scope="module")
+def shared(cluster, checkpoints, tmp_path_factory):
+    """A fleet of two nodes."""
+    models = [f"{name}={checkpoints[name]}" for name in ("m", "burst")]
+    options = ["--api-key", KEY, "--hold-limit", HELD, "--max-replicas", 1]
+    fleet = Fleet(cluster, tmp_path_factory.mktemp("fleet") / "log", *models, *WITHOUT_MODEL, *options)
+    try:
+        fleet.headers["Authorization"] = f"Bearer {KEY}"
+        for _ in range(2):  # while it starts
+            add_node(cluster)
+        fleet.wait_for_nodes(2)
+        yield fleet
+        fleet.stop()
+    finally:
+        fleet.process.kill()
+
+
 @pytest.fixture
-def fleet(cluster, split_tiny, tmp_path, monkeypatch):
-    """Starts fleets; ends them, and their nodes but the head."""
-    fleets, nodes = [], []
+def fleet(shared, cluster):
+    """The shared fleet, with two nodes that are up, though a test before may have lost or drained some.
 
-    def start(*options, nodes_of=(1, 1), checkpoint=split_tiny, engines=WITHOUT_MODEL, **engine) -> Fleet:
-        environ = {"FAKE_ENGINE": json.dumps(engine), "OMP_WAIT_POLICY": "PASSIVE"}
-
-        def add_node(slots: int = 1) -> None:
-            nodes.append(cluster.add_node(num_cpus=slots, env_vars=environ))
-
-        for slots in nodes_of:
-            add_node(slots)
-        fleets.append(Fleet(cluster, tmp_path / "fleet.log", f"m={checkpoint}", *engines, *options))
-        fleets[-1].add_node = add_node
-        fleets[-1].wait(lambda: len(fleets[-1].state()["nodes"]) == len(nodes_of), "its nodes are there")
-        return fleets[-1]
-
-    yield start
-    for one in fleets:
-        if one.process.poll() is None:
-            one.stop()
-    for added in nodes:
-        if added in cluster.worker_nodes:
-            cluster.remove_node(added)
+    Engines of m may run there, and others may be on their way: Serve replaces those that a test has killed.
+    """
+    up = {node["node"] for node in shared.state()["nodes"] if node["state"] == "up"}
+    for node in [node for node in cluster.worker_nodes if node.node_id not in up]:
+        cluster.remove_node(node)
+    for _ in range(2 - len(cluster.worker_nodes)):
+        add_node(cluster)
+    shared.wait_for_nodes(2)
+    return shared
 
 
-def test_from_zero_and_back(fleet):
-    fleet = fleet("--idle", 2)
-    assert fleet.engines() == []
-    answer = fleet.ask(count=4)
-    assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == undisturbed("one two", 4)
-    assert answer.headers["X-Progressive-Stage"] == "1"
-    text, events = fleet.stream("three four", 6, stream_options={"include_usage": True})
-    assert text == undisturbed("three four", 6)
-    assert events[-1]["usage"]["completion_tokens"] == 6 and len({event["id"] for event in events}) == 1
-    assert len(fleet.engines()) == 1
-    fleet.wait(lambda: fleet.engines() == [], "no engine runs", 20)
-    assert fleet.ask().ok  # and again
-    assert fleet.ask(min_stage=9).status_code == 400
-    metrics = fleet.metrics()
-    assert (metrics["fleet_requests_total", ""], metrics["fleet_refused_total", "400"]) == (3, 1)
-    assert (metrics["fleet_nodes", "up"], metrics["fleet_engines", "m"], metrics["fleet_held_requests", "m"]) == (
-        2,
-        1,
-        0,
-    )
-    starts = fleet.state()["starts"]
-    assert len(starts) == len({start["engine"] for start in starts}) == 2
+@pytest.mark.server
+def test_what_is_refused(fleet):
+    before = fleet.count("requests")
+    assert requests.post(f"{fleet.url}/v1/completions", json={"prompt": "x"}, timeout=60).status_code == 401
+    assert requests.get(f"{fleet.url}/v1/models", timeout=60).status_code == 401
+    models = requests.get(f"{fleet.url}/v1/models", headers=fleet.headers, timeout=60).json()["data"]
+    assert [model["id"] for model in models] == ["m", "burst"]
+    answer = fleet.ask(model="none")
+    assert answer.status_code == 404 and "this fleet serves m" in answer.json()["error"]["message"]
+    answer = fleet.ask(min_stage=4)
+    assert answer.status_code == 400 and "stages 1 to 3" in answer.json()["error"]["message"]
+    for data in (b"{", b"[]", b"\xff"):
+        answer = requests.post(f"{fleet.url}/v1/completions", data=data, headers=fleet.headers, timeout=60)
+        assert answer.status_code == 400
+    assert fleet.count("requests") == before  # no engine has been asked for
+    assert fleet.ask().ok and fleet.count("requests") == before + 1
 
 
-def test_a_burst_is_spread_and_no_request_is_lost(fleet):
-    fleet = fleet(start=3.0)  # all have come before the first engine listens
-    with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda number: fleet.stream(f"burst {number}", 30)[0], range(24)))
-    assert answers == [undisturbed(f"burst {number}", 30) for number in range(24)]
-    assert len({engine["node"] for engine in fleet.engines()}) == 2
+def stream_and(fleet, checkpoint: Path, harm) -> None:
+    """Some streams, of which none is over when `harm` is done, as each is held at its 40th token.
 
-
-def test_more_than_are_held_are_refused(fleet):
-    fleet = fleet("--hold-limit", 4, nodes_of=(1,), start=3.0)
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: fleet.ask(), range(8)))
-    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 4
-    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
-
-
-def test_stages(fleet):
-    fleet = fleet(stage_seconds=[0.0, 1.0, 4.0], nodes_of=(1,))
-    with ThreadPoolExecutor(2) as pool:
-        waits = pool.submit(fleet.ask, min_stage=3)
-        answer = fleet.ask()
-        assert answer.headers["X-Progressive-Stage"] in "12" and not waits.done()  # nobody is kept by who waits
-        assert waits.result().headers["X-Progressive-Stage"] == "3"
-    refused = fleet.ask(min_stage=4)
-    assert refused.status_code == 400 and "stages 1 to 3" in refused.json()["error"]["message"]
-
-
-def stream_and(fleet, harm, number: int = 4, count: int = 150):
-    """Some streams, of which each has begun when `harm` is done; their texts are the undisturbed ones'."""
-    began = [threading.Event() for _ in range(number)]
-    with ThreadPoolExecutor(number) as pool:
-        streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one]) for one in range(number)]
-        assert all(event.wait(120) for event in began)
-        harm()
+    Their texts are the undisturbed ones'.
+    """
+    began, count = [threading.Event() for _ in range(STREAMS)], 150
+    with ThreadPoolExecutor(STREAMS) as pool:
+        with behaving(checkpoint, tokens=40):
+            streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one]) for one in range(STREAMS)]
+            assert all(event.wait(120) for event in began)
+            harm()
         answers = [stream.result() for stream in streams]
-    assert [text for text, _ in answers] == [undisturbed(f"harm {one}", count) for one in range(number)]
+    assert [text for text, _ in answers] == [undisturbed(f"harm {one}", count) for one in range(STREAMS)]
     for _, events in answers:
         assert len({event["id"] for event in events}) == 1
 
 
-def command_of(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+@pytest.mark.server
+def test_streams_go_on_when_their_engine_is_killed(fleet, checkpoints):
+    before = fleet.count("lost")
+    stream_and(fleet, checkpoints["m"], lambda: engine_process(fleet.busiest()).kill())
+    assert fleet.count("lost") > before
 
 
-def roots_of(engine: dict) -> list[psutil.Process]:
-    """Who has an engine's port on the command line: with a standby, who asked it and what became of it."""
-    port = engine["url"].rsplit(":", 1)[1]
-    return [process for process in psutil.process_iter() if f"--port {port}" in command_of(process)]
+def answering(engine: dict) -> int:
+    """How many requests have come to a fake engine, and are not answered."""
+    return requests.get(f"{engine['url']}/progress", timeout=60).json()["answering"]
 
 
-def engine_process(engine: dict) -> psutil.Process:
-    (found,) = roots_of(engine)
-    return found
-
-
-def test_streams_go_on_when_their_engine_is_killed(fleet):
-    fleet = fleet()
-    stream_and(fleet, lambda: engine_process(fleet.engines()[0]).kill())
-    assert fleet.state()["counts"]["lost"] >= 1
-
-
+@pytest.mark.server
 @pytest.mark.parametrize("options", [{}, {"seed": 1}], ids=str)  # of the second nothing could be continued later
-def test_a_stream_begins_anew_when_its_engine_is_killed_before_the_first_token(fleet, options):
-    fleet = fleet(first_token_seconds=5.0)
+def test_a_stream_begins_anew_when_its_engine_is_killed_before_the_first_token(fleet, checkpoints, options):
+    before = fleet.count("lost")
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(fleet.stream, "early", 4, **options)
-        fleet.wait(lambda: any(engine["stage"] for engine in fleet.engines()), "an engine listens")
-        time.sleep(1.0)
-        engine_process(fleet.engines()[0]).kill()
+        with behaving(checkpoints["m"], tokens=0):
+            stream = pool.submit(fleet.stream, "early", 4, **options)
+            at = fleet.wait(lambda: [one for one in fleet.engines("m") if answering(one)], "an engine has the request")
+            engine_process(at[0]).kill()
         text, _ = stream.result()
-    assert text == undisturbed("early", 4) and fleet.state()["counts"]["lost"] == 1
+    assert text == undisturbed("early", 4) and fleet.count("lost") == before + 1
 
 
-def test_a_stream_that_cannot_go_on_ends_with_an_error_in_it(fleet):
-    fleet = fleet(detokenize=False)
+def error_of(fleet, checkpoint: Path, **options) -> str:
+    """At the end of a stream whose engine is killed after some tokens."""
     began = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(fleet.stream, "error", 200, began)
-        assert began.wait(60)
-        engine_process(fleet.engines()[0]).kill()
-        _, events = stream.result()  # and nothing that is no event
-    assert "3 engines of m were lost with this answer" in events[-1]["error"]["message"]
+        with behaving(checkpoint, tokens=5, detokenize=False):
+            stream = pool.submit(fleet.stream, "error", 200, began, **options)
+            assert began.wait(120)
+            engine_process(fleet.busiest()).kill()
+            _, events = stream.result()  # and nothing that is no event
+    return events[-1]["error"]["message"]
 
 
-def replica_of(engine: dict) -> psutil.Process:
-    name = f"ServeReplica:fleet-m-{engine['node']}"
-    (found,) = [process for process in psutil.process_iter() if name in command_of(process)]
-    return found
+@pytest.mark.server
+def test_a_stream_that_cannot_go_on_ends_with_an_error_in_it(fleet, checkpoints):
+    assert "3 engines of m were lost with this answer" in error_of(fleet, checkpoints["m"])
 
 
-def test_an_engine_outlives_its_replica(fleet):
-    fleet = fleet()
+@pytest.mark.server
+def test_what_cannot_be_continued_gets_an_error(fleet, checkpoints):
+    assert "cannot be continued elsewhere (seed)" in error_of(fleet, checkpoints["m"], seed=1)
+
+
+def named(text: str, fleet) -> list[psutil.Process]:
+    """Ray's processes of the cluster of a fleet that have this in their title."""
+    raylets = [node.all_processes["raylet"][0].process.pid for node in fleet.cluster.list_all_nodes()]
+    children = itertools.chain(*(psutil.Process(pid).children(recursive=True) for pid in raylets))
+    return [process for process in children if text in command_of(process)]
+
+
+@pytest.mark.server
+def test_an_engine_outlives_its_replica(fleet, checkpoints):
+    (controller,) = named("ServeController", fleet)
+    before, used = fleet.count("lost"), {}
+
+    def engine_is(owned: bool) -> bool:
+        return used["engine"] in [engine["engine"] for engine in fleet.engines() if engine["owned"] is owned]
 
     def kill_replica():
-        fleet.wait(lambda: fleet.engines()[0]["owned"], "a replica owns the engine")
-        replica_of(fleet.engines()[0]).kill()
-        fleet.wait(lambda: not fleet.engines()[0]["owned"], "nobody owns it", 5)
-
-    stream_and(fleet, kill_replica, count=600)
-    assert fleet.state()["counts"].get("lost", 0) == 0
-    fleet.wait(
-        lambda: fleet.ask().ok and [engine["owned"] for engine in fleet.engines()] == [True], "the next one does"
-    )
-
-
-def test_streams_go_on_when_their_agent_is_killed(fleet):
-    fleet = fleet()
-
-    def kill_agent():
-        engine = engine_process(fleet.engines()[0])
-        engine.parent().kill()
-        assert psutil.wait_procs([engine], timeout=5)[1] == []  # it ends with its agent
-
-    stream_and(fleet, kill_agent)
-
-
-def test_streams_go_on_when_their_node_is_lost(fleet):
-    fleet = fleet()
-
-    def lose_node():
-        node = fleet.engines()[0]["node"]
-        ours = fleet.ray_node(node)
-        fleet.cluster.remove_node(ours, allow_graceful=False)
-
-    stream_and(fleet, lose_node)
-    fleet.wait(lambda: len(fleet.state()["nodes"]) == 1, "the node has gone")
-    assert fleet.ask().ok
-
-
-def test_streams_go_on_when_their_node_stands_still(fleet):
-    fleet = fleet()
-
-    stopped = []
-
-    def stop_node():
-        node = fleet.engines()[0]["node"]
-        ours = fleet.ray_node(node)
-        raylet = psutil.Process(ours.all_processes["raylet"][0].process.pid)
-        stopped.extend([raylet, *raylet.children(recursive=True)])
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
+        used.update(fleet.busiest())
+        fleet.wait(lambda: engine_is(owned=True), "a replica owns the engine")
+        controller.suspend()  # else Serve may have replaced the replica before we look
+        (replica,) = named(f"ServeReplica:fleet-m-{used['node']}", fleet)
+        replica.kill()
+        fleet.wait(lambda: engine_is(owned=False), "nobody owns it")
 
     try:
-        stream_and(fleet, stop_node)
+        stream_and(fleet, checkpoints["m"], kill_replica)
     finally:
-        for process in stopped:
-            process.kill()
+        controller.resume()
+    assert fleet.count("lost") == before
+    fleet.wait(lambda: fleet.ask().ok and engine_is(owned=True), "the next one does")
 
 
-def test_streams_move_from_a_node_that_is_drained(fleet):
-    fleet = fleet("--api-key", "secret")
-    fleet.headers["Authorization"] = "Bearer secret"
-    stream_and(fleet, lambda: fleet.drain(fleet.engines()[0]["node"]), count=1200)
-    counts = fleet.state()["counts"]
-    assert counts["moved"] == 4 and counts.get("lost", 0) == 0
+@pytest.mark.server
+def test_streams_go_on_when_their_agent_is_killed(fleet, checkpoints):
+    def kill_agent():
+        engine = engine_process(fleet.busiest())
+        engine.parent().kill()
+        assert psutil.wait_procs([engine], timeout=60)[1] == []  # it ends with its agent
+
+    stream_and(fleet, checkpoints["m"], kill_agent)
 
 
-def test_streams_move_once_there_is_another_node(fleet):
-    fleet = fleet(nodes_of=(1,))
-
-    def replace():
-        fleet.drain(fleet.engines()[0]["node"])
-        time.sleep(3.0)
-        fleet.add_node()
-
-    stream_and(fleet, replace, count=3000)
-    counts = fleet.state()["counts"]
-    assert counts["moved"] == 4 and counts.get("lost", 0) == 0
-
-
-def test_what_cannot_be_continued_gets_an_error(fleet):
-    fleet = fleet()
-    began = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(fleet.stream, "seed", 200, began, seed=1)
-        assert began.wait(30)
-        engine_process(fleet.engines()[0]).kill()
-        _, events = stream.result()
-    assert "cannot be continued elsewhere (seed)" in events[-1]["error"]["message"]
-
-
-def test_a_client_that_hangs_up_gives_its_place_back(fleet):
-    fleet = fleet(nodes_of=(1,))
+@pytest.mark.server
+def test_a_client_that_hangs_up_gives_its_place_back(fleet, checkpoints):
     body = {"model": "m", "prompt": "x", "max_tokens": 1000, "stream": True}
-    with requests.post(f"{fleet.url}/v1/completions", json=body, stream=True, timeout=30) as response:
-        lines = response.iter_lines()  # kept: it hangs up where it is collected
-        next(lines)
-        assert fleet.leases() == 1
-    fleet.wait(lambda: fleet.leases() == 0, "its lease is closed", 5)
+    with behaving(checkpoints["m"], tokens=5):
+        options = {"json": body, "headers": fleet.headers, "stream": True, "timeout": 120}
+        with requests.post(f"{fleet.url}/v1/completions", **options) as response:
+            lines = response.iter_lines()  # kept: it hangs up where it is collected
+            next(lines)
+            assert fleet.leases() == 1
+        fleet.wait(lambda: fleet.leases() == 0, "its lease is closed")
 
 
+@pytest.mark.server
 def test_the_ingress_comes_back(fleet):
-    fleet = fleet()
     assert fleet.ask().ok
-    before = fleet.engines()
-    (ingress,) = [process for process in psutil.process_iter() if "Ingress" in command_of(process)]
+    before = {engine["engine"] for engine in fleet.engines("m")}
+    (ingress,) = named("Ingress", fleet)
     ingress.kill()
-    time.sleep(0.5)
-    fleet.wait(lambda: fleet.ask().ok, "it answers again", 60)
-    assert [engine["engine"] for engine in fleet.engines()] == [engine["engine"] for engine in before]
+    assert psutil.wait_procs([ingress], timeout=60)[1] == []
+    fleet.wait(lambda: fleet.ask().ok, "it answers again")
+    assert before <= {engine["engine"] for engine in fleet.engines("m")}
 
 
-def test_a_node_that_is_added_is_used(fleet):
-    fleet = fleet(nodes_of=(1,), start=3.0)  # all have come before the first engine listens
-    fleet.add_node()
-    fleet.wait(lambda: len(fleet.state()["nodes"]) == 2, "the node is there")
-    with ThreadPoolExecutor(16) as pool:
-        assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(count=50), range(16)))
-    assert len({engine["node"] for engine in fleet.engines()}) == 2
-
-
-def test_an_idle_engine_makes_room_for_another_model(fleet, split_tiny, tmp_path):
-    fleet = fleet(f"other={split_tiny}", nodes_of=(1,))
-    assert fleet.ask().ok
-    assert fleet.ask(model="other").ok
-    assert [engine["model"] for engine in fleet.engines()] == ["other"]
-
-
-def test_an_engine_that_does_not_start_is_said(fleet, split_tiny, tmp_path):
-    broken = Path(shutil.copytree(split_tiny, tmp_path / "broken"))
-    (broken / "fails").touch()
-    fleet = fleet(checkpoint=broken)
-    answer = fleet.ask()
-    assert answer.status_code == 503 and "this engine does not start" in answer.json()["error"]["message"]
-    assert "Retry-After" in answer.headers
-
-
-def test_a_checkpoint_that_no_node_has(fleet, tmp_path):
-    fleet = fleet(checkpoint=tmp_path / "nowhere")
-    answer = fleet.ask()
-    assert answer.status_code == 503 and "is no progressive checkpoint here" in answer.json()["error"]["message"]
-
-
-def test_an_api_key(fleet):
-    fleet = fleet("--api-key", "secret", nodes_of=(1,))
-    assert fleet.ask().status_code == 401 and fleet.engines() == []
-    body, key = {"prompt": "x", "max_tokens": 2}, {"Authorization": "Bearer secret"}
-    assert requests.post(f"{fleet.url}/v1/completions", json=body, headers=key, timeout=60).ok
-
-
-def test_unknown_models_and_bodies(fleet):
-    fleet = fleet(nodes_of=(1,))
-    assert requests.get(f"{fleet.url}/v1/models", timeout=5).json()["data"][0]["id"] == "m"
-    answer = fleet.ask(model="none")
-    assert answer.status_code == 404 and "this fleet serves m" in answer.json()["error"]["message"]
-    for data in (b"{", b"[]", b"\xff"):
-        assert requests.post(f"{fleet.url}/v1/completions", data=data, timeout=5).status_code == 400
-    assert fleet.engines() == []
-
-
+@pytest.mark.server
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 def test_page_in_a_browser(fleet, tmp_path):
-    fleet = fleet(nodes_of=(1,))
     assert fleet.ask().ok
-    fleet.wait(lambda: fleet.engines()[0]["stage"] == 3, "the engine has all stages")
+    fleet.wait(lambda: 3 in [engine["stage"] for engine in fleet.engines("m")], "an engine has all stages")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", f"{fleet.url}/fleet.html"]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert '<p id="error"></p>' in page and "0 streams; m: 0 waiting; so far 1 requests" in page
-    assert page.count('<tr class="up">') == 1 and "stage 3 of 3" in page
+    assert '<p id="error"></p>' in page and "0 streams; m: 0 waiting, burst: 0 waiting; so far" in page
+    assert f"{fleet.count('requests')} requests" in page
+    assert page.count('<tr class="up">') == 2 and "stage 3 of 3" in page
+
+
+@pytest.mark.server
+def test_streams_move_from_nodes_that_are_drained(fleet, checkpoints, cluster):
+    """To the other one, and from there, once there is one, to a node that is added."""
+    before = {name: fleet.count(name) for name in ("moved", "lost")}
+
+    def moved() -> int:
+        return fleet.count("moved") - before["moved"]
+
+    def drain():
+        first = fleet.busiest()["node"]
+        leases = fleet.leases(first)
+        fleet.drain(first)
+        fleet.wait(lambda: moved() == leases, "all have moved")
+        (second,) = {node["node"] for node in fleet.state()["nodes"]} - {first}
+        assert fleet.leases(second) == STREAMS
+        fleet.drain(second)
+        fleet.wait(lambda: fleet.state()["held"]["m"] == STREAMS, "all wait for a place")
+        add_node(cluster)
+        fleet.wait(lambda: moved() == leases + STREAMS, "all have moved again")
+
+    stream_and(fleet, checkpoints["m"], drain)
+    assert fleet.count("lost") == before["lost"]
+
+
+@pytest.mark.server
+def test_streams_go_on_when_their_node_is_lost(fleet, checkpoints, cluster):
+    def lose_node():
+        cluster.remove_node(fleet.ray_node(fleet.busiest()["node"]), allow_graceful=False)
+
+    stream_and(fleet, checkpoints["m"], lose_node)
+    fleet.wait_for_nodes(1)
+    assert fleet.ask().ok
+
+
+@pytest.mark.server
+def test_streams_go_on_when_their_node_stands_still(fleet, checkpoints):
+    stopped = []
+
+    def stop_node():
+        ours = fleet.ray_node(fleet.busiest()["node"])
+        raylet = psutil.Process(ours.all_processes["raylet"][0].process.pid)
+        stopped.extend([raylet, *raylet.children(recursive=True)])
+        for process in stopped:
+            process.suspend()
+
+    try:
+        stream_and(fleet, checkpoints["m"], stop_node)
+    finally:
+        kill_all(stopped)
+
+
+@pytest.mark.server
+def test_a_burst_is_spread_and_more_than_are_held_are_refused(fleet, checkpoints):
+    """No request is lost, and engines of another model, which are idle, make room."""
+    assert fleet.ask().ok
+    with ThreadPoolExecutor(HELD) as pool:
+        with behaving(checkpoints["burst"], starts=False):  # all have come before the first engine listens
+            streams = [pool.submit(fleet.stream, f"burst {one}", 30, model="burst") for one in range(HELD)]
+            fleet.wait(lambda: fleet.state()["held"]["burst"] == HELD, "all are held")
+            refused = fleet.ask(model="burst")
+            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert [stream.result()[0] for stream in streams] == [undisturbed(f"burst {one}", 30) for one in range(HELD)]
+    fleet.wait(lambda: len({engine["node"] for engine in fleet.engines("burst")}) == 2, "both nodes have one")
+    fleet.wait(lambda: fleet.engines("m") == [], "no engine of m runs")
+
+
+# ---- fleets with a Ray of their own -----------------------------------------------------------------
 
 
 @pytest.fixture
-def on_one_machine(split_tiny, short_tmp):
-    """Starts a fleet with a Ray of its own, and an engine: (process, log, what has come of them and runs)."""
+def on_one_machine(marked, short_tmp):
+    """Starts a fleet: (the fleet, what has come of it and runs)."""
 
     def ours() -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("TMPDIR") == str(short_tmp) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return processes_with("TMPDIR", str(short_tmp))
 
-    port, log = free_port(), short_tmp / "log"
-    command = [sys.executable, FLEET, f"m={split_tiny}", "--port", port, *WITHOUT_MODEL]
-    environ = {**os.environ, "TMPDIR": str(short_tmp)}
-    with open(log, "w") as output:
-        fleet = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=environ)
+    def start(*arguments) -> tuple[Fleet, object]:
+        fleets.append(Fleet(None, short_tmp / "log", *arguments, *WITHOUT_MODEL, TMPDIR=str(short_tmp)))
+        # Until then it waits in a call of Ray's, which alone would end it, after a minute.
+        fleets[0].wait(lambda: "listening at" in fleets[0].log.read_text(), "it listens")
+        return fleets[0], ours
+
+    fleets: list[Fleet] = []
     try:
-        until_it_answers(f"http://127.0.0.1:{port}", lambda: fleet.poll() is None, log)
-        assert any("fake_engine" in command_of(process) for process in ours())
-        yield fleet, log, ours
+        yield start
     finally:
-        for process in ours():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        fleet.wait()
+        kill_all(ours())
+        for fleet in fleets:
+            fleet.process.wait()
 
 
-def engines_of(checkpoint: Path) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if f"fake_engine.py {checkpoint}" in command_of(process)]
+def are_engines(processes: list[psutil.Process]) -> bool:
+    return any("fake_engine" in command_of(process) for process in processes)
 
 
-def until_it_answers(url: str, runs, log: Path, seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(requests.RequestException):
-            if requests.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60).ok:
-                return
-        assert runs(), log.read_text()
-        time.sleep(0.2)
-    pytest.fail(f"no answer within {seconds:g} s: {log.read_text()}")
+@pytest.mark.server
+def test_from_zero_and_back_until_ray_ends(on_one_machine, checkpoints):
+    fleet, ours = on_one_machine(f"m={checkpoints['m']}", "--idle", 2)
+    assert fleet.engines() == []
+    with ThreadPoolExecutor(1) as pool:
+        with behaving(checkpoints["m"], stage=1):
+            waits = pool.submit(fleet.ask, min_stage=3)
+            fleet.wait(lambda: any(map(answering, fleet.engines())), "an engine has the request")
+            answer = fleet.ask()  # nobody is kept by who waits
+            assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == undisturbed("one two", 4)
+            assert answer.headers["X-Progressive-Stage"] == "1" and not waits.done()
+            text, events = fleet.stream("three four", 6, stream_options={"include_usage": True})
+            assert text == undisturbed("three four", 6)
+            assert events[-1]["usage"]["completion_tokens"] == 6 and len({event["id"] for event in events}) == 1
+            assert len(fleet.engines()) == 1
+        assert waits.result().headers["X-Progressive-Stage"] == "3"
+    fleet.wait(lambda: fleet.engines() == [], "no engine runs")
+    assert fleet.ask(min_stage=9).status_code == 400
+    began = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with behaving(checkpoints["m"], tokens=5):
+            pool.submit(fleet.stream, "five", 100, began)  # and again
+            assert began.wait(120)
+            metrics = fleet.metrics()
+            assert (metrics["fleet_requests_total", ""], metrics["fleet_refused_total", "400"]) == (4, 1)
+            assert (metrics["fleet_nodes", "up"], metrics["fleet_engines", "m"]) == (1, 1)
+            assert metrics["fleet_held_requests", "m"] == 0 and metrics["fleet_streams", ""] == 1
+            starts = fleet.state()["starts"]
+            assert len(starts) == len({start["engine"] for start in starts}) == 2
+
+            assert are_engines(ours())
+            kill_all([process for process in ours() if "gcs_server" in command_of(process)])
+            assert fleet.process.wait(120) == 1
+            assert "error: Ray has ended, and the fleet with it" in fleet.log.read_text()
+            wait_until(lambda: not are_engines(ours()), "no engine is left")  # of Ray itself two stay for a minute
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_fleet_on_one_machine(number, on_one_machine, short_tmp):
-    fleet, _, ours = on_one_machine
-    fleet.send_signal(number)
-    assert fleet.wait(60) == (0 if number == signal.SIGTERM else -number)
-    end = time.monotonic() + 60
-    while (left := ours()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert left == []
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_nothing_is_left_of_a_fleet_on_one_machine(number, on_one_machine, checkpoints, tmp_path, short_tmp):
+    models = {**checkpoints, "nowhere": tmp_path / "nowhere"}
+    fleet, ours = on_one_machine(*(f"{name}={models[name]}" for name in ("m", "broken", "nowhere")))
+    answer = fleet.ask(model="nowhere")
+    assert answer.status_code == 503 and "is no progressive checkpoint here" in answer.json()["error"]["message"]
+    with behaving(checkpoints["broken"], fails=True):
+        answer = fleet.ask(model="broken")
+    assert answer.status_code == 503 and "this engine does not start" in answer.json()["error"]["message"]
+    assert "Retry-After" in answer.headers
+    assert fleet.ask().ok and are_engines(ours())
+    fleet.process.send_signal(number)
+    assert fleet.process.wait(120) == (0 if number == signal.SIGTERM else -number)
+    wait_until(lambda: ours() == [], "nothing is left")
     if number == signal.SIGTERM:
         assert [path.name for path in short_tmp.iterdir()] == ["log"]
 
 
-def test_a_fleet_ends_with_ray(on_one_machine):
-    fleet, log, ours = on_one_machine
-    end = time.monotonic() + 60
-    while "listening at" not in log.read_text() and time.monotonic() < end:
-        time.sleep(0.02)  # until then it waits in a call of Ray's, which alone would end it, after a minute
-    for process in ours():
-        if "gcs_server" in command_of(process):
-            process.kill()
-    assert fleet.wait(60) == 1
-    assert "error: Ray has ended, and the fleet with it" in log.read_text()
-    end = time.monotonic() + 60
-    while (left := [one for one in ours() if "fake_engine" in command_of(one)]) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert left == []  # of Ray itself two processes stay for a minute
-
-
-def test_serve_deploy(split_tiny, tmp_path):
+@pytest.mark.server
+@pytest.mark.slow
+def test_serve_deploy(marked, run_fleet, split_tiny, tmp_path):
     """As the README has it: a file, and Ray Serve's own command line."""
     port, dashboard, config = free_port(), free_port(), tmp_path / "fleet.yaml"
-    done = run_fleet(f"m={split_tiny}", "--port", port, *WITHOUT_MODEL, "--idle", 5, "--write-config", config)
-    assert done.returncode == 0, done.stderr
+    status, errors = run_fleet(f"m={split_tiny}", "--port", port, *WITHOUT_MODEL, "--idle", 5, "--write-config", config)
+    assert status == 0, errors
     serve = str(Path(sys.executable).with_name("serve"))
     address = ["--address", f"http://127.0.0.1:{dashboard}"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def answers() -> bool:
+        body = {"prompt": "x", "max_tokens": 2}
+        return requests.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=120).ok
+
+    def engines() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter() if f"fake_engine.py {split_tiny}" in command_of(one)]
+
     with new_cluster(include_dashboard=True, dashboard_port=dashboard) as cluster, open(tmp_path / "log", "w") as log:
-        cluster.add_node(num_cpus=1, env_vars={"FAKE_ENGINE": "{}"})
-        options = {"env": environ, "stdout": log, "stderr": log, "timeout": 60, "check": True}
+        add_node(cluster)
+        options = {"env": environ, "stdout": log, "stderr": log, "timeout": 120, "check": True}
         subprocess.run([serve, "deploy", str(config), *address], **options)
-        until_it_answers(f"http://127.0.0.1:{port}", lambda: True, tmp_path / "log")
+        wait_until(answers, "it answers", log=tmp_path / "log")
         subprocess.run([serve, "shutdown", "--yes", *address], **options)
-        end = time.monotonic() + 60
-        while (left := engines_of(split_tiny)) and time.monotonic() < end:
-            time.sleep(0.2)
-        assert left == []
+        wait_until(lambda: engines() == [], "no engine is left")
 
 
 # ---- real engines -----------------------------------------------------------------------------------
 
 
-def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
+@pytest.fixture
+def real_fleet(marked, demo_checkpoint, tmp_path) -> Iterator[Fleet]:
+    """The demo model on two nodes."""
+    options = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 2048]
+    with new_cluster() as cluster:
+        fleet = Fleet(cluster, tmp_path / "log", f"m={demo_checkpoint}", *options)
+        try:
+            for _ in range(2):  # while it starts
+                add_node(cluster)
+            fleet.wait_for_nodes(2)
+            yield fleet
+            fleet.stop()
+        finally:
+            fleet.process.kill()
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_real_engines_from_zero_and_drained(real_fleet):
     """The whole path: standbys, the demo model on both nodes, and streams that move to the other in mid-text."""
-    served = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 2048]
-    fleet = fleet(*served, checkpoint=demo_checkpoint, engines=())
+    fleet = real_fleet
     fleet.wait(lambda: all(node["standby"] for node in fleet.state()["nodes"]), "each node has a standby")
     usage = {"stream_options": {"include_usage": True}}
     number, moved = 1800, 0  # tokens; streams
@@ -1090,7 +1039,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
         try:
             for process in suspended:
                 process.suspend()
-            time.sleep(1.0)  # in which arrives what they have sent
+            settle(fleet)
             node = max(processes, key=fleet.leases)
             if moved := fleet.leases(node):
                 fleet.drain(node)
@@ -1103,7 +1052,7 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
                     process.resume()
 
     with ThreadPoolExecutor(12) as pool:  # more than one engine has room for
-        assert all(answer.ok for answer in pool.map(lambda _: fleet.ask(), range(12)))
+        assert [answer.text for answer in pool.map(lambda _: fleet.ask(), range(12)) if not answer.ok] == []
     fleet.wait(lambda: [engine["stage"] for engine in fleet.engines()] == [3, 3], "both engines are whole")
     before = ask_all()
     for _ in range(5):  # where we wait for a processor, all may have been answered before anything is suspended
@@ -1120,3 +1069,14 @@ def test_real_engines_from_zero_and_drained(fleet, demo_checkpoint):
 
 def tokens_in(event: dict) -> list[str]:
     return [token for choice in event["choices"] for token in (choice.get("logprobs") or {}).get("tokens", [])]
+
+
+def settle(fleet) -> None:
+    """Waits until the ingress has all that its engines, which are suspended, have sent."""
+    seen = []
+
+    def nothing_comes() -> bool:
+        seen.append({engine["engine"]: engine["tokens"] for engine in fleet.engines()})
+        return len(seen) > 10 and all(tokens == seen[-1] for tokens in seen[-10:])
+
+    fleet.wait(nothing_comes, "no more tokens come")

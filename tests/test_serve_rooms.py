@@ -68,6 +68,21 @@ class Reading:
         return os.stat(self.launch.serving.buffer).st_blocks * 512
 
 
+@pytest.fixture
+def read():
+    """Begins to read a checkpoint; the reader processes end with the test."""
+    readings = []
+
+    def read(checkpoint: Path, **options) -> Reading:
+        readings.append(Reading(checkpoint, **options))
+        return readings[-1]
+
+    yield read
+    for reading in readings:
+        reading.launch.close()
+        reading.launch.reader.wait(300)
+
+
 # ---- kinds of stages, stage plan -------------------------------------------------------------------
 
 
@@ -176,12 +191,12 @@ def drop(tensors: dict, ending: str) -> None:
 
 
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_files_that_do_not_fit_the_manifest_are_refused(case, request, tmp_path):
+def test_files_that_do_not_fit_the_manifest_are_refused(read, case, request, tmp_path):
     """Of any stage, before anything is served: by a look at the headers, beside the reading."""
     fixture, stage, change, says = MISMATCHES[case]
     folder = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "checkpoint"))
     rewrite(folder, stage, change)
-    reading = Reading(folder, limit_mbps=0.001)
+    reading = read(folder, limit_mbps=0.001)
     try:
         reading.wait_for(lambda progress: progress.errors)
         assert f"model-stage{stage}" in reading.progress.error and says in reading.progress.error
@@ -216,9 +231,9 @@ def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
         ((40.0, None, 24.0), {}, 1),
     ],
 )
-def test_first_stage_that_answers_is_one_of_little_loss(perplexities, options, min_stage, copied):
+def test_first_stage_that_answers_is_one_of_little_loss(read, perplexities, options, min_stage, copied):
     with_perplexities(copied, *perplexities)
-    reading = Reading(copied, **{"min_stage": None, **options})
+    reading = read(copied, **{"min_stage": None, **options})
     try:
         assert reading.launch.serving.min_stage == min_stage
         rows = reading.progress.as_dict()["stages"]
@@ -241,6 +256,20 @@ def test_bad_checkpoint(case, split_tiny, tmp_path):
     assert 1 <= len(error) <= 2 and error[0].startswith("progressive_serve.py: error: ")
     assert named in done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "{}/x.safetensors", "below/x.safetensors", "..", "."])
+def test_manifest_names_files_of_its_own_folder_only(name, copied):
+    """Also where there is such a file: a manifest from the network must not say what the server reads."""
+    import progressive_serve
+
+    for folder in (copied.parent, copied / "below"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(copied / "model-stage1.safetensors", folder / "x.safetensors")
+    name = name.format(copied.parent)
+    edit_manifest(copied, lambda manifest: manifest["stages"][0]["files"][0].update(name=name))
+    with pytest.raises(progressive_serve.UsageError, match="points outside"):
+        progressive_serve.read_plan(copied)
 
 
 # ---- stage adapters --------------------------------------------------------------------------------
@@ -295,7 +324,7 @@ def test_bad_adapter(case, split_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("case", [*BAD_ADAPTERS, "of no stage"])
-def test_bad_adapter_is_left_out_on_demand(case, split_tiny, tmp_path, capsys):
+def test_bad_adapter_is_left_out_on_demand(read, case, split_tiny, tmp_path, capsys):
     """Loudly; and one that is good stays."""
     folder = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
     add_adapter(folder, 1, ["q_proj"])
@@ -303,7 +332,7 @@ def test_bad_adapter_is_left_out_on_demand(case, split_tiny, tmp_path, capsys):
     good = () if case == "of another model" else (2,)
     if good:
         add_adapter(folder, 2, ["q_proj"])
-    reading = Reading(folder, lenient=True)
+    reading = read(folder, lenient=True)
     try:
         reading.wait_for_all()
         expected = (1, *good) if case in ("of no stage", "of the last stage") else good
@@ -326,10 +355,10 @@ def small_files(copy: Path) -> Path:
     return folder
 
 
-def test_cache_is_filled_and_used(copied, tmp_path):
+def test_cache_is_filled_and_used(read, copied, tmp_path):
     add_adapter(copied, 1, ["q_proj"])
     for _ in range(2):
-        reading = Reading(copied, cache_dir=tmp_path / "cache")
+        reading = read(copied, cache_dir=tmp_path / "cache")
         reading.wait_for_all()
         assert reading.launch.reader.wait(300) == 0
         (cached,) = (tmp_path / "cache").iterdir()
@@ -344,38 +373,38 @@ def test_cache_is_filled_and_used(copied, tmp_path):
         reading.launch.close()
     for path in copied.glob("*.safetensors"):
         path.unlink()  # the third start can only read the copy
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
 
 
 @pytest.mark.parametrize(
     "name", ["chat_template.jinja", "generation_config.json", "config.json", "adapters/stage1/adapter_config.json"]
 )
-def test_cache_follows_what_is_mended(name, copied, tmp_path):
+def test_cache_follows_what_is_mended(read, name, copied, tmp_path):
     """Also where the weights stay the same; and then these are not fetched again."""
     add_adapter(copied, 1, ["q_proj"])
-    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+    earlier = read(copied, cache_dir=tmp_path / "cache")
     assert earlier.launch.reader.wait(300) == 0
     before = {path: path.read_bytes() for path in earlier.plan.root.rglob("*") if path.is_file()}
     with open(copied / name, "a") as file:
         file.write(" ")
     for path in copied.glob("*.safetensors"):
         path.unlink()
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
     assert (reading.plan.root / name).read_bytes() == (copied / name).read_bytes()
     assert {path: path.read_bytes() for path in before} == before  # a server may still read there
 
 
-def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path):
-    earlier = Reading(copied, cache_dir=tmp_path / "cache")
+def test_small_files_that_went_bad_in_the_cache_are_not_served(read, copied, tmp_path):
+    earlier = read(copied, cache_dir=tmp_path / "cache")
     assert earlier.launch.reader.wait(300) == 0
     root = earlier.plan.root
     (root / "tokenizer.json").write_bytes(bytes((root / "tokenizer.json").stat().st_size))
     (root / "progressive.json").write_text("")
     (root / "config.json").unlink()
     (root / "chat_template.jinja").write_text("of nobody")
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
     assert reading.plan.root == root
     found = {path.name: path.read_bytes() for path in root.iterdir()}
@@ -383,16 +412,16 @@ def test_small_files_that_went_bad_in_the_cache_are_not_served(copied, tmp_path)
     assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
 
 
-def test_cache_survives_being_killed(copied, tmp_path):
+def test_cache_survives_being_killed(read, copied, tmp_path):
     limit = sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 1e6 / 10
-    reading = Reading(copied, cache_dir=tmp_path / "cache", limit_mbps=limit)
+    reading = read(copied, cache_dir=tmp_path / "cache", limit_mbps=limit)
     reading.wait_for(lambda progress: 1 in progress.resident)
     reading.launch.reader.kill()
     reading.launch.reader.wait()
     (cached,) = (tmp_path / "cache").iterdir()
     assert not (cached / "model-stage3.safetensors").exists()
     (cached / "model-stage3.safetensors.partial").write_bytes(b"half of it")
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
     assert reading.launch.reader.wait(300) == 0
     for path in copied.glob("*.safetensors"):
@@ -400,27 +429,44 @@ def test_cache_survives_being_killed(copied, tmp_path):
     assert not list(cached.glob("*.partial"))
 
 
-def test_copy_that_went_bad_is_removed(copied, tmp_path):
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+def test_copy_that_went_bad_is_removed(read, copied, tmp_path):
+    reading = read(copied, cache_dir=tmp_path / "cache")
     assert reading.launch.reader.wait(300) == 0
     (cached,) = (tmp_path / "cache").iterdir()
     flip_last_byte(cached / "model-stage2.safetensors")
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()  # from the source, and copied once more
     assert reading.launch.reader.wait(300) == 0
     (told,) = (event for event in reading.progress.timeline if event["event"] == "spoilt")
     assert "model-stage2.safetensors" in told["text"] and "removed" in told["text"]
     flip_last_byte(cached / "model-stage1.safetensors")  # nobody is answered without
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage1.safetensors" in reading.progress.error and "start again" in reading.progress.error
     assert not (cached / "model-stage1.safetensors").exists()
     truncate(cached / "model-stage3.safetensors")  # that is seen before anything has been read from it
-    reading = Reading(copied, cache_dir=tmp_path / "cache")
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
     assert reading.launch.reader.wait(300) == 0
     for path in copied.glob("*.safetensors"):
         assert (cached / path.name).read_bytes() == path.read_bytes()
+
+
+def test_bad_source_gets_no_copy(copied, tmp_path, read):
+    """A copy with its name is taken for good by every server that comes later."""
+    bad = copied / "model-stage2.safetensors"
+    right = bad.read_bytes()
+    flip_last_byte(bad)
+    reading = read(copied, cache_dir=tmp_path / "cache")
+    reading.wait_for(lambda progress: 2 in progress.bad)
+    (cached,) = (tmp_path / "cache").iterdir()
+    reading.wait_for(lambda _: not list(cached.glob("model-stage2*.partial")))  # copying ends behind the reading
+    assert not (cached / bad.name).exists()
+    (tmp_path / "right").write_bytes(right)
+    os.rename(tmp_path / "right", bad)
+    reading.wait_for_all()
+    assert reading.launch.reader.wait(300) == 0
+    assert (cached / bad.name).read_bytes() == right
 
 
 def test_cache_that_cannot_be_written_costs_only_the_copy(copied, tmp_path, monkeypatch):
@@ -453,10 +499,10 @@ FULL_DISKS = {  # options of tmpfs, and what finds no room
 
 
 @pytest.mark.parametrize("room_for", FULL_DISKS)
-def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
+def test_full_cache_costs_only_the_copy(read, room_for, copied, tmp_path):
     options, expected = FULL_DISKS[room_for]
     with small_disk(tmp_path / "disk", options) as disk:
-        reading = Reading(copied, cache_dir=disk / "cache")
+        reading = read(copied, cache_dir=disk / "cache")
         reading.wait_for_all()
 
         def told_of(progress) -> list[dict]:
@@ -471,7 +517,7 @@ def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
         assert (reading.plan.root / "config.json").read_bytes() == (copied / "config.json").read_bytes()
         assert not list(disk.rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100", disk], check=True)
-        reading = Reading(copied, cache_dir=disk / "cache")
+        reading = read(copied, cache_dir=disk / "cache")
         assert reading.launch.reader.wait(300) == 0
         (cached,) = (disk / "cache").iterdir()
         assert reading.plan.root == small_files(cached)
@@ -481,9 +527,9 @@ def test_full_cache_costs_only_the_copy(room_for, copied, tmp_path):
 # ---- where a checkpoint lies: object stores --------------------------------------------------------
 
 
-def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
+def test_object_store_is_read_and_cached(read, bucket, split_tiny, tmp_path):
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
-        reading = Reading(bucket, **options)
+        reading = read(bucket, **options)
         reading.wait_for_all()
         assert reading.launch.serving.adapters == (1,)
         for file in reading.plan.files:
@@ -495,6 +541,30 @@ def test_object_store_is_read_and_cached(bucket, split_tiny, tmp_path):
     (cached,) = (tmp_path / "cache").iterdir()
     for file in reading.plan.files:
         assert (cached / file.name).read_bytes() == (split_tiny / file.name).read_bytes()
+
+
+def test_chunks_of_an_object_store_may_come_in_any_order(monkeypatch):
+    """What is told to have arrived has, however late the first chunk is."""
+    import progressive_serve
+
+    data = os.urandom(10)
+    chunks = {number: torch.frombuffer(bytearray(data[4 * number :][:4]), dtype=torch.uint8) for number in range(3)}
+
+    class Streamer(contextlib.ExitStack):
+        def stream_files(self, files, memory_limit):
+            assert files == [(0, "s3://x", 0, [4, 4, 2])]
+
+        def get_chunks(self):
+            return [(0, number, chunks[number]) for number in (1, 2, 0)]
+
+    runai = SimpleNamespace(FileChunks=SimpleNamespace(contiguous=lambda *of: of), FileStreamer=Streamer)
+    monkeypatch.setitem(sys.modules, "runai_model_streamer", runai)
+    monkeypatch.setattr(progressive_serve, "READ_CHUNK", 4)
+    place, arrived = memoryview(bytearray(len(data))), []
+    for end in progressive_serve.read_object("s3://x", place, lambda *_: contextlib.nullcontext()):
+        assert place[:end] == data[:end]
+        arrived.append(end)
+    assert arrived == [0, 0, 10]
 
 
 @pytest.mark.parametrize("uri", ["s3://models/nothing", "s3://nobody/tiny"])
@@ -573,10 +643,10 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
     assert progress.last_stage() == 2  # stage 2 is not spoilt by it
 
 
-def test_every_follower_sees_every_event(split_tiny):
+def test_every_follower_sees_every_event(read, split_tiny):
     import progressive_serve
 
-    reading = Reading(split_tiny)
+    reading = read(split_tiny)
     reading.launch.reader.wait(300)
     followers = [progressive_serve.Journal(reading.launch.journal.path) for _ in range(2)]
     assert reading.launch.start_failure() is None
@@ -599,8 +669,8 @@ def test_journal_takes_what_its_table_has(event, fields, tmp_path):
 # ---- weight buffer ---------------------------------------------------------------------------------
 
 
-def test_memory_goes_back_when_every_worker_is_done(split_tiny):
-    reading = Reading(split_tiny)
+def test_memory_goes_back_when_every_worker_is_done(read, split_tiny):
+    reading = read(split_tiny)
     reading.buffer.expect(workers=2)
     reading.wait_for_all()
     total = sum(stage.bytes for stage in reading.plan.stages)
@@ -614,13 +684,13 @@ def test_memory_goes_back_when_every_worker_is_done(split_tiny):
     assert reading.memory() <= held - total + 3 * 4096 * len(reading.plan.files)
 
 
-def test_reader_stays_in_its_window(split_tiny, monkeypatch):
+def test_reader_stays_in_its_window(read, split_tiny, monkeypatch):
     """On a GPU the host need not hold the whole model: the reader waits for what has been bound."""
     import progressive_serve
 
     first = progressive_serve.read_plan(split_tiny).stages[0]
     monkeypatch.setattr(progressive_serve, "window_of", lambda plan: first.bytes)
-    reading = Reading(split_tiny)
+    reading = read(split_tiny)
     reading.wait_for(lambda progress: 1 in progress.resident)
     time.sleep(0.5)  # a reader that waits for nothing would have read the rest meanwhile
     reading.wait_for(lambda progress: True)
@@ -633,20 +703,20 @@ def test_reader_stays_in_its_window(split_tiny, monkeypatch):
 # ---- reader: files that are slow, short, wrong, gone -----------------------------------------------
 
 
-def test_reader_delivers_every_byte(split_tiny):
-    reading = Reading(split_tiny)
+def test_reader_delivers_every_byte(read, split_tiny):
+    reading = read(split_tiny)
     reading.wait_for_all()
     for file in reading.plan.files:
         assert reading.bytes_of(file.name) == (split_tiny / file.name).read_bytes()
     assert reading.launch.reader.wait(300) == 0
 
 
-def test_reader_follows_a_file_that_grows(copied):
+def test_reader_follows_a_file_that_grows(read, copied):
     """A checkpoint that is still being copied to its place."""
     path = copied / "model-stage2.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
-    reading = Reading(copied)
+    reading = read(copied)
     reading.wait_for(lambda progress: 1 in progress.resident)
     for begin in range(1000, len(whole), len(whole) // 5):
         time.sleep(0.2)  # as a copier takes
@@ -670,14 +740,14 @@ def test_reader_gives_up_on_a_file_that_does_not_grow(copied, monkeypatch):
         list(pages)
 
 
-def test_reader_waits_for_files_that_are_still_to_come(copied):
+def test_reader_waits_for_files_that_are_still_to_come(read, copied):
     """cp -r makes one file after the other, in any order; rsync gives them their names at the end."""
     import progressive_serve
 
     parts = {path: path.read_bytes() for path in copied.glob("*.safetensors")}
     for path in parts:
         path.unlink()
-    reading = Reading(copied)
+    reading = read(copied)
     for path in sorted(parts, reverse=True):
         beginning, rest = parts[path][:100_000], parts[path][100_000:]
         coming = path.with_name(f".{path.name}.x7Qz")
@@ -693,17 +763,17 @@ def test_reader_waits_for_files_that_are_still_to_come(copied):
         path.unlink()
     age(copied)
     with pytest.raises(progressive_serve.UsageError, match="model-stage1.safetensors is missing"):
-        Reading(copied)
+        read(copied)
 
 
 @pytest.mark.parametrize("make_room", [os.posix_fallocate, lambda file, _, size: os.truncate(file, size)])
-def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied):
+def test_reader_waits_for_a_file_that_was_given_its_room_first(read, make_room, copied):
     """Nobody gets the zeros that stand for what has not been copied, and nobody an error."""
     path = copied / "model-stage1.safetensors"
     data = path.read_bytes()
     with open(path, "wb", buffering=0) as file:
         make_room(file.fileno(), 0, len(data))
-        reading = Reading(copied)
+        reading = read(copied)
         for begin in range(0, len(data), len(data) // 20 + 1):
             time.sleep(0.1)  # as a copier takes
             reading.wait_for(lambda progress: True)
@@ -713,12 +783,12 @@ def test_reader_waits_for_a_file_that_was_given_its_room_first(make_room, copied
     assert reading.bytes_of(path.name) == data
 
 
-def test_reader_says_when_a_file_stays_as_it_was_made(copied):
+def test_reader_says_when_a_file_stays_as_it_was_made(read, copied):
     """Room that was made for a file and never filled: the error comes, if later."""
     path = copied / "model-stage2.safetensors"
     size = path.stat().st_size
     path.write_bytes(bytes(size))
-    reading = Reading(copied)
+    reading = read(copied)
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
     assert reading.progress.resident == {1} and path.name not in reading.progress.read
@@ -738,18 +808,18 @@ def test_reader_names_the_file_that_was_replaced(copied, monkeypatch):
         list(progressive_serve.read_local(str(path), place, lambda *_: contextlib.nullcontext()))
 
 
-def test_reader_names_the_file_that_is_wrong(copied):
+def test_reader_names_the_file_that_is_wrong(read, copied):
     flip_last_byte(copied / "model-stage2.safetensors")
-    reading = Reading(copied)
+    reading = read(copied)
     reading.wait_for(lambda progress: progress.error)
     assert "model-stage2.safetensors: blake3 checksum" in reading.progress.error
     assert reading.progress.resident == {1} and reading.progress.last_stage() == 1
 
 
-def test_reader_names_the_file_that_is_gone(split_tiny, hold):
+def test_reader_names_the_file_that_is_gone(read, split_tiny, hold):
     """Deleted after the start."""
     held = hold(split_tiny)
-    reading = Reading(held.path)
+    reading = read(held.path)
     reading.wait_for(lambda progress: 1 in progress.resident)
     held.release(2)
     held.end()
@@ -758,17 +828,17 @@ def test_reader_names_the_file_that_is_gone(split_tiny, hold):
     assert reading.progress.resident == {1, 2}
 
 
-def test_layers_come_in_the_order_of_the_forward_pass(split_tiny):
+def test_layers_come_in_the_order_of_the_forward_pass(read, split_tiny):
     import progressive_serve
 
-    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    launch = read(split_tiny).launch
     source = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
     source.wait_resident(3)
     positions = [progressive_serve.forward_position(name) for name, _ in source.weights(launch.plan.stages)]
     assert positions == sorted(positions) and set(range(4)) < set(positions)
 
 
-def test_garbage_in_a_header_is_a_wrong_checksum(copied):
+def test_garbage_in_a_header_is_a_wrong_checksum(read, copied):
     """The tensors are bound before the checksum is known: what is told must be the cause, not what followed from it."""
     import progressive_serve
 
@@ -777,7 +847,7 @@ def test_garbage_in_a_header_is_a_wrong_checksum(copied):
         file.seek(8)
         file.write(b"garbage")
     age(copied)
-    launch = progressive_serve.start_reading(copied, start=time.monotonic())
+    launch = read(copied).launch
     source = progressive_serve.StageSource(launch.serving, launch.plan, rank=0, workers=1)
     with pytest.raises((ValueError, RuntimeError)):
         list(source.weights(launch.plan.stages[:1]))
@@ -842,13 +912,13 @@ BAD_FILES = {"replaced": replace_by_another, "cut off": truncate, "unreadable": 
 
 
 @pytest.mark.parametrize(("case", "kind"), [*((case, "split_tiny") for case in BAD_FILES), ("replaced", "planes_tiny")])
-def test_bad_file_of_a_later_stage_is_not_handed_out_and_mended(case, kind, request, tmp_path):
+def test_bad_file_of_a_later_stage_is_not_handed_out_and_mended(read, case, kind, request, tmp_path):
     """What becomes of it before it is read; once the right one is back, it is handed out."""
     copied = age(Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "checkpoint")))
     path = copied / "model-stage3.safetensors"
     right = path.read_bytes()
     size = sum(file.stat().st_size for file in copied.glob("*.safetensors"))
-    reading = Reading(copied, limit_mbps=size / 1e6)
+    reading = read(copied, limit_mbps=size / 1e6)
     try:
         BAD_FILES[case](path)
         os.utime(copied, (0, 0))
@@ -890,8 +960,8 @@ class Decoding:
         self.source = progressive_serve.StageSource(serving, self.plan, rank=0, workers=1)
         stages = dict(start_stage=start_stage, min_stage=min_stage, hold_stage=3)
         job = SimpleNamespace(journal=journal, buffer=buffer, **stages)
-        decoder = progressive_serve.Decoder(job, self.plan)
-        self.thread = threading.Thread(target=decoder.run, daemon=True)
+        self.decoder = progressive_serve.Decoder(job, self.plan)
+        self.thread = threading.Thread(target=self.decoder.run, daemon=True)
         self.thread.start()
 
     def arrive(self, *stages: int, verified: bool = True) -> None:
@@ -1044,8 +1114,12 @@ def test_spoilt_stage_does_not_keep_others_from_being_made(planes_tiny):
     assert not decoding.thread.is_alive()
 
 
-def test_stage_is_made_anew_when_its_bytes_are_mended(planes_tiny):
-    """Whole, whatever was made and taken of it before: the records may have been good, and the file yet bad."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_stage_is_made_anew_when_its_bytes_are_mended(at_once, planes_tiny):
+    """Whole, whatever was made and taken of it before: the records may have been good, and the file yet bad.
+
+    A decoder that got no processor meanwhile heard of both at once, and waited for ever.
+    """
     source = load_file(planes_tiny.with_name("model") / "model.safetensors")
     decoding = Decoding(planes_tiny, start_stage=1)
     decoding.journal.mark("model created", rank=0)
@@ -1058,15 +1132,18 @@ def test_stage_is_made_anew_when_its_bytes_are_mended(planes_tiny):
     half = decoding.source.weights(decoding.plan.stages[2:])
     assert next(half) and next(half)
     decoding.wait_for(lambda arrivals: 3 in arrivals.decoded)
-    decoding.journal.mark("spoilt", stage=3, text="the checksum of the file differs")
-    late = {"name": "late", "dtype": "BF16", "shape": [1], "begin": 0, "end": 2}
-    decoding.journal.mark("tensor", stage=3, attempt=0, **late)  # by a decoder that has not heard of it
-    decoding.wait_for(lambda arrivals: arrivals.bad)
-    for file in decoding.plan.files:
-        decoding.buffer.refill(file.name)
-        decoding.buffer.place_of(file.name)[:] = (planes_tiny / file.name).read_bytes()
-    decoding.journal.mark("mended", stage=3)
-    decoding.arrive(3)
+    with decoding.decoder.following if at_once else contextlib.nullcontext():  # held, it hears nothing
+        decoding.journal.mark("spoilt", stage=3, text="the checksum of the file differs")
+        late = {"name": "late", "dtype": "BF16", "shape": [1], "begin": 0, "end": 2}
+        decoding.journal.mark("tensor", stage=3, attempt=0, **late)  # by a decoder that has not heard of it
+        decoding.wait_for(lambda arrivals: arrivals.bad)
+        for file in decoding.plan.files:
+            decoding.buffer.refill(file.name)
+            decoding.buffer.place_of(file.name)[:] = (planes_tiny / file.name).read_bytes()
+        if not at_once:
+            wait_for(lambda: decoding.decoder.arrivals.bad)
+        decoding.journal.mark("mended", stage=3)
+        decoding.arrive(3)
     assert decoding.source.next_stage(2) == 3
     assert_same(decoding.weights(3, 3), source)
 
@@ -1081,9 +1158,9 @@ def test_stage_that_holds_more_than_the_manifest_says(planes_tiny):
 
 
 @pytest.mark.parametrize("killed", ["reader", "decoder"])
-def test_decoder_that_dies_is_missed(killed, planes_tiny):
+def test_decoder_that_dies_is_missed(read, killed, planes_tiny):
     """When all bytes are resident, but not all stages decoded; whichever dies, the other does not stay."""
-    reading = Reading(planes_tiny, start_stage=1)
+    reading = read(planes_tiny, start_stage=1)
     failures = []
     reading.launch.on_failure = failures.append
     reading.wait_for_all()
@@ -1101,11 +1178,11 @@ def test_decoder_that_dies_is_missed(killed, planes_tiny):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_reader_that_is_killed_is_heard_of(split_tiny, number):
+def test_reader_that_is_killed_is_heard_of(read, split_tiny, number):
     """Everybody waits for the reader, so its death must not go unnoticed."""
     import progressive_serve
 
-    launch = progressive_serve.start_reading(split_tiny, limit_mbps=0.001, start=time.monotonic())
+    launch = read(split_tiny, limit_mbps=0.001).launch
     failures = []
     launch.on_failure = failures.append
     launch.reader.send_signal(number)
@@ -1116,22 +1193,23 @@ def test_reader_that_is_killed_is_heard_of(split_tiny, number):
         waiting.wait_resident(1)
 
 
-def test_reader_that_dies_when_all_is_resident_is_not_missed(split_tiny):
+def test_reader_that_dies_when_all_is_resident_is_not_missed(read, split_tiny):
     """Every byte has been verified by then."""
-    reading = Reading(split_tiny)
+    reading = read(split_tiny)
     reading.wait_for_all()
     launch = reading.launch
     launch.reader.wait(300)
     failures = []
     launch.on_failure = failures.append
-    launch.reader = SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9, terminate=lambda: None)
+    reader, launch.reader = launch.reader, SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9)
     launch.watch_reader()
+    launch.reader = reader
     assert failures == [] and "error" not in [event["event"] for event in launch.progress().timeline]
 
 
-def test_closing_gives_the_memory_back(split_tiny):
+def test_closing_gives_the_memory_back(read, split_tiny):
     """A notebook that has loaded, or failed to, must not hold a whole model."""
-    reading = Reading(split_tiny)
+    reading = read(split_tiny)
     reading.wait_for_all()
     del reading.buffer
 
@@ -1344,6 +1422,37 @@ def bare_binding(**attributes):
     return binding
 
 
+def test_every_part_of_the_first_forward_pass_waits_for_its_weights(split_tiny):
+    """Once, in its order, and the norm for the checksums; an engine alone may have them in time."""
+    import progressive_serve
+
+    waited = []
+
+    def arrival(name: str) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda: waited.append(name))
+
+    inner = SimpleNamespace(embed_tokens=torch.nn.Identity(), norm=torch.nn.Identity())
+    inner.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+    parts = (inner.embed_tokens, *inner.layers)
+    binding = bare_binding(
+        model=SimpleNamespace(model=inner),
+        plan=progressive_serve.read_plan(split_tiny),
+        complete={part: arrival(name) for part, name in zip(parts, ["embedding", 0, 1, 2, 3], strict=True)},
+        verified=arrival("checksums"),
+        placing=SimpleNamespace(fills_while_serving=True),
+        adapters=SimpleNamespace(swap=lambda stage: None),
+        gates={},
+        graph_is_fixed=False,
+        failure=None,
+        stage=0,
+    )
+    binding.activate(1)
+    for _ in range(2):
+        for part in (*parts, inner.norm):
+            part(torch.zeros(1))
+    assert waited == ["embedding", 0, 3, "checksums"]  # layers 1 and 2 come with later stages
+
+
 def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
     """Trouble before the first byte, and a journal that cannot be written: still nobody waits for ever."""
 
@@ -1363,11 +1472,11 @@ def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
     assert all(event.is_set() for event in (*binding.complete.values(), binding.verified))
 
 
-def test_one_worker_decides_where_to_begin(split_tiny):
+def test_one_worker_decides_where_to_begin(read, split_tiny):
     """All of them merge the same adapter, whatever has arrived between two looks."""
     import progressive_serve
 
-    reading = Reading(split_tiny, limit_mbps=0.001)
+    reading = read(split_tiny, limit_mbps=0.001)
     serving, plan = reading.launch.serving, reading.plan
     sources = [progressive_serve.StageSource(serving, plan, rank, workers=2) for rank in (0, 1)]
     first, second = (
@@ -1454,11 +1563,11 @@ os._exit(0)
     assert done.stdout.split()[-3:] == ["2", "True", "True"], done.stdout + done.stderr
 
 
-def test_too_little_memory_is_said_with_the_numbers(copied, monkeypatch):
+def test_too_little_memory_is_said_with_the_numbers(read, copied, monkeypatch):
     """Of what is still to come: what has arrived takes its memory already."""
     import progressive_serve
 
-    reading = Reading(copied)
+    reading = read(copied)
     try:
         reading.wait_for_all()
         monkeypatch.setattr(progressive_serve, "cpu_memory", lambda: 0)
@@ -1679,7 +1788,7 @@ class Served:
 async def until(what, seconds: float = 300) -> None:
     async with asyncio.timeout(seconds):
         while not what():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # the others go on
 
 
 @pytest.fixture
@@ -2183,7 +2292,7 @@ EAGER = {  # arguments, --config, whether the end is eager, whether what is comp
 
 
 @pytest.mark.parametrize("case", EAGER)
-def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
+def test_eager_on_a_cpu_unless_said(read, case, split_tiny, tmp_path, monkeypatch):
     import progressive_serve
 
     argv, config, eager, later = EAGER[case]
@@ -2192,7 +2301,7 @@ def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
         argv = ["--config", str(tmp_path / "config.yaml")]
     monkeypatch.setattr(progressive_serve, "fork_workers", lambda: None)
     monkeypatch.delenv(TIMEOUT, raising=False)
-    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    launch = read(split_tiny).launch
     try:
         args = progressive_serve.server_args(launch, *progressive_serve.parse_args([str(split_tiny), *argv]))
     finally:
@@ -2205,7 +2314,7 @@ def test_eager_on_a_cpu_unless_said(case, split_tiny, tmp_path, monkeypatch):
     assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
 
 
-def test_vllm_asks_no_process_about_the_model(split_tiny, tmp_path, monkeypatch):
+def test_vllm_asks_no_process_about_the_model(read, split_tiny, tmp_path, monkeypatch):
     """Where its cache is empty that would take as long as all imports."""
     from vllm.model_executor.models import ModelRegistry, registry
 
@@ -2216,7 +2325,7 @@ def test_vllm_asks_no_process_about_the_model(split_tiny, tmp_path, monkeypatch)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: pytest.fail("a process is asked"))
     progressive_serve.register_architecture("NoSuchModel")  # is for vLLM to refuse
-    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    launch = read(split_tiny).launch
     try:
         options = progressive_serve.engine_options(launch, {"max_model_len": 64})
         vllm.EngineArgs(**options, max_model_len=64).create_model_config()
@@ -2235,11 +2344,11 @@ def test_vllm_asks_no_process_about_the_model(split_tiny, tmp_path, monkeypatch)
         (["--compile-timeout", "0"], "--compile-timeout"),
     ],
 )
-def test_bad_options_of_vllm(argv, named, split_tiny, capsys):
+def test_bad_options_of_vllm(read, argv, named, split_tiny, capsys):
     """Beside those of test_bad_arguments, which start the whole script."""
     import progressive_serve
 
-    launch = progressive_serve.start_reading(split_tiny, start=time.monotonic())
+    launch = read(split_tiny).launch
     try:
         progressive_serve.server_args(launch, *progressive_serve.parse_args([str(split_tiny), *argv]))
     except progressive_serve.UsageError as error:

@@ -290,20 +290,16 @@ def test_socket_is_its_owners(standby, split_tiny):
     assert standby.servers() == []
 
 
-def test_standby_of_another_user_is_not_used(split_tiny, tmp_path):
+def test_standby_of_another_user_is_not_used(split_tiny, tmp_path, start):
     """It would get the environment, and the streams."""
     if os.geteuid():
         pytest.skip("only root can be somebody else")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         code = "import os, signal, socket; os.setuid(65534); socket.socket(fileno=0).listen(); print(flush=True)"
-        command = [sys.executable, "-c", f"{code}; signal.pause()"]
-        with subprocess.Popen(command, stdin=listener, stdout=subprocess.PIPE) as other:
-            try:
-                other.stdout.readline()
-                done = run_script(SERVER, split_tiny, "--from-standby", tmp_path / "socket")
-            finally:
-                other.kill()
+        other = start.process("-c", f"{code}; signal.pause()", stdin=listener)
+        other.wait_for(lambda: other.says("\n"))
+        done = run_script(SERVER, split_tiny, "--from-standby", tmp_path / "socket")
     assert done.returncode == 2
     assert "belongs to user 65534" in done.stderr
 

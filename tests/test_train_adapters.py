@@ -111,6 +111,30 @@ def test_loss_is_on_the_answer_alone(checkpoint):
     assert with_context.prompt == "Context: Mira was born.\nQuestion: Who?\nAnswer:"
 
 
+def test_loss_leaves_padding_out(checkpoint, tmp_path, monkeypatch):
+    """As the Trainer gets a batch. Padding is the token that ends an answer: counted, it would teach to say nothing."""
+
+    class Trainer(Exception):
+        def __init__(self, **options):
+            self.collate = options["data_collator"]
+
+        def remove_callback(self, _):
+            raise self
+
+    monkeypatch.setattr("transformers.Trainer", Trainer)
+    monkeypatch.setattr(sys, "argv", ["train_adapters.py", str(checkpoint), "--dataset", "x", *QUICK])
+    tokenizer = train_adapters.load_tokenizer(checkpoint)
+    examples = [train_adapters.question_example(*qa, None) for qa in (("Who?", "Mira"), ("And who else?", "Jonathan"))]
+    encoded = train_adapters.encode_examples(tokenizer, examples, 64)
+    (stage, _) = train_adapters.choose_stages(train_adapters.read_stages(checkpoint), None)
+    with pytest.raises(Trainer) as trainer:
+        train_adapters.train_stage(train_adapters.parse_args(), stage, encoded, tokenizer, tmp_path)
+    batch = trainer.value.collate(encoded)
+    assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    counted = [tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
+    assert counted == [f" Mira{EOS}", f" Jonathan{EOS}"]
+
+
 def test_healing_text_is_packed(checkpoint):
     tokenizer = train_adapters.load_tokenizer(checkpoint)
     documents = [train_adapters.Example("", "abcdef"), train_adapters.Example("", "ghi")]
