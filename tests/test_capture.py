@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_serve_rooms import engine_config
+from conftest import engine_config
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoadConfig, VllmConfig
 
 GIB = 1 << 30

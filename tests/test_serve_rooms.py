@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ import psutil
 import pytest
 import torch
 import vllm
-from conftest import add_adapter, run_script
+from conftest import add_adapter, engine_config, run_script, serving_plan
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from servers import ROOT, SERVER, age, flip_last_byte, small_disk, wait_for
@@ -598,12 +598,6 @@ def test_what_is_bound_and_served_first(case):
 
 
 # ---- journal ---------------------------------------------------------------------------------------
-
-
-def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1, **others):
-    import progressive_serve
-
-    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage, **others)
 
 
 def test_progress_follows_the_journal(split_tiny, tmp_path):
@@ -1582,17 +1576,6 @@ def test_too_little_memory_is_said_with_the_numbers(read, copied, monkeypatch):
 
 
 # ---- controller ------------------------------------------------------------------------------------
-
-
-def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
-    """What the controller reads of vLLM's configuration."""
-    return SimpleNamespace(
-        load_config=SimpleNamespace(
-            load_format="progressive", model_loader_extra_config=asdict(serving_plan(journal, **stages))
-        ),
-        model_config=SimpleNamespace(model=checkpoint),
-        compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
-    )
 
 
 class FakeAsyncLLM:
