@@ -948,11 +948,11 @@ def test_gaps_between_transitions_are_counted_while_all_streams_run():
 @pytest.mark.server
 @pytest.mark.slow
 def test_gaps_of_a_read_that_is_stretched(split_long, tmp_path):
-    """How gaps are measured where no stage is held: those that streams have lived through are told."""
+    """How users watch gaps, where no stage is held: reading is so slow that streams run before the last two arrive."""
     options = ["--mode", "progressive", "--trials", "1", "--stretch", "90", "--watch-gaps", "8"]
     run_bench("--checkpoint", split_long, *options, "--json", tmp_path / "cold.json")
     (row,) = json.loads((tmp_path / "cold.json").read_text())["trials"]
-    assert {gap["stage"] for gap in row["gaps"]} <= {2, 3}
+    assert {gap["stage"] for gap in row["gaps"]} == {2, 3}
     for gap in row["gaps"]:
         assert 1 <= len(gap["tokens"]) <= 8 and 0 < gap["median_gap"] <= gap["largest_gap"]
 
