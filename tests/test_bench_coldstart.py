@@ -551,7 +551,7 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_coldstart, "library_files", list)
     go = tmp_path / "go"
     os.mkfifo(go)
-    child = "import signal; held = b'1' * 500_000_000; signal.pause()"
+    child = "import signal; held = b'1' * 500_000_000; signal.alarm(600); signal.pause()"  # also where tests are killed
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     script = f"import signal, subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], **{silent})\n"
     script += f"print('one', flush=True); open({str(go)!r}).read()\n"
