@@ -23,7 +23,7 @@ SERVER = ROOT / "progressive_serve.py"
 STOCK = ("-m", "vllm.entrypoints.openai.api_server", "--enforce-eager")
 SERVED = ["--max-model-len", "1024", "--max-num-seqs", "16"]
 KV_CACHE = ["--kv-cache-memory-bytes", str(256 << 20)]
-LIMIT = 300.0  # seconds that a test waits for a state: no busy machine takes so long
+LIMIT = float(os.environ.get("LIMIT", 300))  # seconds that a test waits for a state: no busy machine takes so long
 MARK = "TEST_WORKER"  # in the environment of every process that a test starts, and of whatever that starts
 # The environment that scripts are started with. It is noted before this process imports vLLM, which changes variables:
 # a standby refuses a caller whose environment is another one.
@@ -242,6 +242,13 @@ class Server(Process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.resume()
 
+    def grow(self, held: "Held", *stages: int) -> None:
+        """These stages arrive, or all, while nothing is computed: no stream is over before the server grows."""
+        journal, stages = journal_of(self.reader()), stages or tuple(held.files)
+        with self.suspended():
+            held.release(*stages)
+            self.wait_for(lambda: stages_of(journal, "resident").issuperset(stages))
+
     def is_up(self) -> bool:
         """Whether it listens; an answer may take longer."""
         with contextlib.suppress(requests.ConnectionError):
@@ -316,6 +323,12 @@ def streamed_tokens(stream: requests.Response) -> list[int]:
 
 def journal_of(reader: psutil.Process) -> Path:
     return Path(json.loads(reader.cmdline()[-1])["journal"])
+
+
+def stages_of(journal: Path, event: str) -> set[int]:
+    """The stages of which a journal tells this."""
+    lines = journal.read_text().rpartition("\n")[0].splitlines()  # the last one may still be being written
+    return {row["stage"] for row in map(json.loads, lines) if row["event"] == event}
 
 
 def shared_memory(process: psutil.Process) -> set[Path]:

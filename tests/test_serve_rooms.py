@@ -2157,6 +2157,31 @@ def test_transitions_near_each_other_become_one(served):
     served(check, max_stall=60.0, max_stage_delay=600.0)
 
 
+def test_server_that_drains_grows_until_everybody_is_answered(served):
+    """And takes nobody else; then there are no more transitions, which an engine that ends could not make."""
+
+    async def check(server):
+        go_on = asyncio.Event()
+        await server.reach(1)
+        server.middleware.vllm = held_app(go_on)
+        runs, waits = (asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": stage})) for stage in (1, 2))
+        await until(lambda: (server.controller.answering, server.controller.waiting) == (1, 1))
+        drained = asyncio.create_task(asyncio.to_thread(server.controller.drain, 3600.0))
+        await until(lambda: server.controller.draining)
+        refused = await server.ask(COMPLETIONS, ASKED)
+        assert refused.status == 503 and b"shutting down" in refused.body
+        await server.reach(2)
+        assert not drained.done()
+        go_on.set()
+        assert [(await answer).headers["x-progressive-stage"] for answer in (runs, waits)] == ["1", "2"]
+        assert 0 < await drained < 3600
+        await until(server.middleware.transitions.done)
+        assert activated(server) == [1, 2]
+        assert server.controller.drain(0.0) == 0.0
+
+    served(check)
+
+
 def test_speed_of_recomputing_is_measured(served):
     async def check(server):
         await server.reach(1)
