@@ -355,7 +355,7 @@ def test_killed_benchmark_takes_a_real_server_along(number, start, split_tiny, t
 def test_server_that_is_forked_when_its_benchmark_has_ended_ends():
     """A signal that comes between the fork and prctl() would leave it behind: its parent is another one by then."""
     prepare = functools.partial(bench_coldstart.end_with, os.getpid() + 1)
-    with subprocess.Popen(["sleep", "600"], preexec_fn=prepare) as process:
+    with subprocess.Popen(["sleep", "600"], preexec_fn=prepare) as process:  # ends with the block
         try:
             assert process.wait(300) == 1
         finally:
@@ -415,7 +415,8 @@ def test_from_a_standby(serving, split_tiny, tmp_path):
 def test_memory_of_a_parent_is_that_of_its_children_too():
     child = "import sys; held = bytes(1 << 27).replace(b'\\0', b'x'); print('held', flush=True); sys.stdin.read()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], **pipes) as process:  # ends with its input
         assert process.stdout.readline() == b"held\n"
         alone = bench_coldstart.process_tree(process.pid)[0].memory_info().rss
         assert alone < 1 << 27 < bench_coldstart.tree_pss(process.pid)
