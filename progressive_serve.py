@@ -3221,6 +3221,8 @@ class EngineFirst(async_llm.AsyncLLM):
     and compiles the chat template, which vLLM's server does last of all, while this one waits for the engine.
     """
 
+    controller: "Controller | None" = None  # once the server has one
+
     def __init__(self, vllm_config: VllmConfig, executor_class, log_stats: bool, **options):
         """As that of AsyncLLM; the engine keeps statistics for custom loggers (a plugin's) as well."""
         launch, make_renderer = core_client.launch_core_engines, async_llm.renderer_from_config
@@ -3252,6 +3254,16 @@ class EngineFirst(async_llm.AsyncLLM):
         except BaseException:
             client.shutdown()
             raise
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End; requests that run have `timeout` seconds for their end. Called by a thread of the server's.
+
+        vLLM's own drain lets no transition pause the engine, and one that has begun would cut them off: so they are
+        waited for before.
+        """
+        if self.controller and timeout:
+            timeout = self.controller.drain(timeout)
+        super().shutdown(timeout=timeout)
 
 
 def start_engine_first() -> None:
@@ -4244,10 +4256,12 @@ class Controller:
         self.answering = 0  # requests that are being answered
         self.waiting = 0  # requests that wait for a stage
         self.ended = False  # whether there will be no other stage
+        self.draining = False  # whether the server ends when those that are here have been answered
         self.changed = asyncio.Event()  # is set, and replaced, when there is another stage, or `ended`
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
         self.due: float | None = None  # since when a transition could be made that waits for a better moment
         self.tasks: set[asyncio.Task] = set()  # that watch stalls; a loop alone does not keep them
+        engine.controller = self
 
     def update(self) -> None:
         self.progress.fold(self.journal.follow())
@@ -4262,8 +4276,23 @@ class Controller:
         self.ended = True
         self.announce()
 
+    def drain(self, seconds: float) -> float:
+        """Accept nothing new, and wait until everything has been answered: the model grows meanwhile. Any thread's.
+
+        Returns what is left of the seconds.
+        """
+        self.draining, until = True, time.monotonic() + seconds
+        while (self.switching.locked() or not self.is_idle()) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        return max(0.0, until - time.monotonic())
+
+    def is_idle(self) -> bool:
+        return not self.answering and not self.waiting
+
     async def begin(self, wanted: int | None) -> int:
         """The stage at which a request begins: from `wanted` on, for which it waits (None: any). Raises Refused."""
+        if self.draining:
+            raise Refused(503, "the server is shutting down")
         self.waiting += 1
         try:
             async with asyncio.timeout(wanted and self.serving.min_stage_timeout):
@@ -4331,7 +4360,7 @@ class Controller:
         """Make every transition as soon as it is possible. Ends the server when there is nothing that it can serve."""
         try:
             told, possible = None, self.serving.hold_stage  # possible: unless something has gone wrong for good
-            while self.progress.active_stage < possible:
+            while self.progress.active_stage < possible and not (self.draining and self.is_idle()):
                 if await self.switch_if_ready():
                     self.announce()
                 if self.progress.error != told:
@@ -4354,7 +4383,9 @@ class Controller:
         stage = self.progress.served_stage()
         if not stage:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config):
+        elif (
+            stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config) and not self.draining
+        ):
             await self.optimize()
 
     async def transition(self, stage: int) -> None:

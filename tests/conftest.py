@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -296,6 +298,26 @@ def bucket(split_tiny, tmp_path_factory):
     finally:
         store.kill()
         store.wait()
+
+
+# ---- what the controller is given --------------------------------------------------------------------
+
+
+def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1, **others):
+    import progressive_serve
+
+    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage, **others)
+
+
+def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
+    """What the controller reads of vLLM's configuration."""
+    return SimpleNamespace(
+        load_config=SimpleNamespace(
+            load_format="progressive", model_loader_extra_config=asdict(serving_plan(journal, **stages))
+        ),
+        model_config=SimpleNamespace(model=checkpoint),
+        compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
+    )
 
 
 # ---- engines ---------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def from_zero(fleet: Fleet, rounds: int, rest: float) -> list[float]:
     """Seconds to the first token of a request that comes `rest` seconds after the last engine has ended, each time."""
     waited = []
     for number in tqdm(range(rounds), desc="from zero"):
-        fleet.wait(lambda: fleet.engines() == [], "no engine runs", 60)
+        fleet.wait(lambda: fleet.engines() == [], "no engine runs")
         time.sleep(rest)
         (answer,) = asyncio.run(ask_all(fleet.url, 1, 8, f"Question {number}: who wrote the book?"))
         waited.append(answer.ttft)
@@ -386,7 +386,7 @@ def measure_burst(fleet: Fleet, number: int = 80, seconds: float = 12.0) -> dict
     looking.start()
     arrivals = sorted((chance.uniform(0, seconds), chance.randint(40, 120)) for _ in range(number))
     described = describe_replay(asyncio.run(replay(fleet.url, arrivals, True)))
-    fleet.wait(lambda: fleet.engines() == [], "back to zero", 90)
+    fleet.wait(lambda: fleet.engines() == [], "back to zero")
     ended.set()
     looking.join()
     return described | {"seconds": seconds, "rows": rows}
@@ -544,7 +544,7 @@ def run_trace(minutes: float) -> dict:
                     continue
                 with fleet_of(cluster, *WITHOUT_MODEL, "--room", ROOM, "--idle", IDLE) as fleet:
                     found[name][system] = describe_replay(asyncio.run(replay(fleet.url, arrivals, name == "azure")))
-                    fleet.wait(lambda fleet=fleet: fleet.engines() == [], "back to zero", 2 * IDLE + 30)
+                    fleet.wait(lambda fleet=fleet: fleet.engines() == [], "back to zero")
                     found[name][system]["back_to_zero"] = True
     return found
 

@@ -9,16 +9,15 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from conftest import ROOT, free_port
 from fake_engine import BEHAVIOUR, next_token, text_of, tokens_of
 from prometheus_client.parser import text_string_to_metric_families
+from servers import ROOT, free_port, wait_for
 
 FLEET, FAKE_ENGINE = ROOT / "serve_fleet.py", ROOT / "tests" / "fake_engine.py"
 WITHOUT_MODEL = ["--server", FAKE_ENGINE, "--no-standby"]
@@ -74,15 +73,14 @@ def kill_all(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def wait_until(holds: Callable, what: str, seconds: float = 120.0, log: Path | None = None):
+def wait_until(holds: Callable, what: str, log: Path | None = None):
     """What `holds` returns, once that is true; until then a server need not answer."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+
+    def answers_and_holds():
         with contextlib.suppress(requests.RequestException):
-            if found := holds():
-                return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds:g} s: {what}\n{log.read_text() if log else ''}")
+            return holds()
+
+    return wait_for(answers_and_holds, told=lambda: f"{what}\n{log.read_text() if log else ''}")
 
 
 # ---- fleets -----------------------------------------------------------------------------------------
@@ -100,12 +98,12 @@ class Fleet:
             options = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **env}}
             self.process = subprocess.Popen(list(map(str, command)), **options)
 
-    def wait(self, holds: Callable, what: str, seconds: float = 120.0):
+    def wait(self, holds: Callable, what: str):
         def holds_and_runs():
             assert self.process.poll() is None, self.log.read_text()
             return holds()
 
-        return wait_until(holds_and_runs, what, seconds, self.log)
+        return wait_until(holds_and_runs, what, self.log)
 
     def wait_for_nodes(self, count: int) -> None:
         def are_up() -> bool:

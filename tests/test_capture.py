@@ -1,7 +1,7 @@
 """Graphs of a GPU that are captured after the first token, tested on a CPU.
 
 vLLM's manager of graphs (runner V2) is the real one; CUDA and the forward pass are not there.
-No engine; about MINUTES, half of which is importing vLLM.
+No engine. About ten seconds, half of which is importing vLLM.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_serve_rooms import engine_config
+from conftest import engine_config
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, LoadConfig, VllmConfig
 
 GIB = 1 << 30

@@ -97,8 +97,7 @@ def test_requests_wait_for_the_full_model(server, client):
         model="tiny", prompt="Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = [next(stream)]
-    with server.suspended():  # else the stream may be over before
-        server.held.release()
+    server.grow(server.held)
     chunks += stream
     raw = client.chat.completions.with_raw_response.create(
         model="tiny", messages=SAID, max_tokens=2, extra_headers={"X-Progressive-Min-Stage": "3"}

@@ -1,6 +1,6 @@
 """Stages of precision: the arithmetic, what prune_and_split.py makes of it, and what the server makes of that.
 
-One process with engines inside it, for all that is marked `server` (engine_probe.py); MINUTES.
+One process with engines inside it, for all that is marked `server` (engine_probe.py); about half a minute in all.
 """
 
 import inspect

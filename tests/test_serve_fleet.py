@@ -512,7 +512,7 @@ def test_an_engine_that_is_not_needed_ends_after_those_whom_it_answers(agent, sp
         ends = asyncio.create_task(agent.stop(engine))
         used = Looked({engine: 1})  # a request has come to it before the ingress knew
         while used.times < 3:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # the agent goes on
             (said,) = (await agent.state({"m": 1}, used))["engines"]
             assert said["ending"] and agent.usable("m") == []
         assert not ends.done() and agent.running[engine].popen.poll() is None

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ import psutil
 import pytest
 import torch
 import vllm
-from conftest import add_adapter, run_script
+from conftest import add_adapter, engine_config, run_script, serving_plan
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from servers import ROOT, SERVER, age, flip_last_byte, small_disk, wait_for
@@ -598,12 +598,6 @@ def test_what_is_bound_and_served_first(case):
 
 
 # ---- journal ---------------------------------------------------------------------------------------
-
-
-def serving_plan(journal: Path | str, hold_stage: int = 3, min_stage: int = 1, **others):
-    import progressive_serve
-
-    return progressive_serve.ServingPlan(str(journal), "", hold_stage, min_stage, hold_stage, **others)
 
 
 def test_progress_follows_the_journal(split_tiny, tmp_path):
@@ -1584,17 +1578,6 @@ def test_too_little_memory_is_said_with_the_numbers(read, copied, monkeypatch):
 # ---- controller ------------------------------------------------------------------------------------
 
 
-def engine_config(checkpoint: Path, journal: Path, **stages) -> SimpleNamespace:
-    """What the controller reads of vLLM's configuration."""
-    return SimpleNamespace(
-        load_config=SimpleNamespace(
-            load_format="progressive", model_loader_extra_config=asdict(serving_plan(journal, **stages))
-        ),
-        model_config=SimpleNamespace(model=checkpoint),
-        compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
-    )
-
-
 class FakeAsyncLLM:
     """vLLM's engine, as far as a controller sees it: notes what is called, and computes nothing."""
 
@@ -2172,6 +2155,31 @@ def test_transitions_near_each_other_become_one(served):
         request.tokens += 1
 
     served(check, max_stall=60.0, max_stage_delay=600.0)
+
+
+def test_server_that_drains_grows_until_everybody_is_answered(served):
+    """And takes nobody else; then there are no more transitions, which an engine that ends could not make."""
+
+    async def check(server):
+        go_on = asyncio.Event()
+        await server.reach(1)
+        server.middleware.vllm = held_app(go_on)
+        runs, waits = (asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": stage})) for stage in (1, 2))
+        await until(lambda: (server.controller.answering, server.controller.waiting) == (1, 1))
+        drained = asyncio.create_task(asyncio.to_thread(server.controller.drain, 3600.0))
+        await until(lambda: server.controller.draining)
+        refused = await server.ask(COMPLETIONS, ASKED)
+        assert refused.status == 503 and b"shutting down" in refused.body
+        await server.reach(2)
+        assert not drained.done()
+        go_on.set()
+        assert [(await answer).headers["x-progressive-stage"] for answer in (runs, waits)] == ["1", "2"]
+        assert 0 < await drained < 3600
+        await until(server.middleware.transitions.done)
+        assert activated(server) == [1, 2]
+        assert server.controller.drain(0.0) == 0.0
+
+    served(check)
 
 
 def test_speed_of_recomputing_is_measured(served):

@@ -72,7 +72,7 @@ def test_server_is_as_one_that_started_by_itself(forked, start, split_tiny):
     for begin in (forked, lambda *how, **env: start(*how, alone=True, **env)):  # else they would share the cores
         server = begin(split_tiny, env=env).wait_until_ready(3)
         answers.append(answers_of(server))
-        on_one_core = [found for found in threads_of(server.worker()) if len(found) == 1]
+        on_one_core = [found for found in threads_of(server.worker) if len(found) == 1]
         threads.append([found for found in on_one_core if found != cores[:1]])  # there the main thread and many others
         at = {event["event"]: event["seconds"] for event in server.progress()["timeline"]}
         assert 0 < at["imported"] < at["model created"] < at["ready"]
