@@ -59,7 +59,10 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, demo_answers, hold, 
         streamed.append(next(chunks))
     streamed += chunks
     assert stream.headers["X-Progressive-Stage"] == "1" and streamed[-1]["progressive_stage"] == 3
-    assert sum(len(chunk["choices"][0]["token_ids"] or ()) for chunk in streamed) == 900  # nothing lost, nothing twice
+    tokens = [token for chunk in streamed for token in chunk["choices"][0]["token_ids"] or ()]
+    assert len(tokens) == 900  # nothing lost, nothing twice
+    before = streamed[0]["choices"][0]["prompt_token_ids"] + tokens[:-12]
+    assert token_ids(server.complete(before, return_token_ids=True)) == [tokens[-12:]]  # the exact model's end
 
     at_stage_3 = server.complete(prompts[:8], return_token_ids=True)
     assert at_stage_3.headers["X-Progressive-Stage"] == "3"

@@ -114,7 +114,7 @@ def test_process_is_the_callers(forked, hold, split_tiny, tmp_path):
     assert reader.environ().items() >= env.items()
     assert Path(main.cwd()) == held.path.parent
     assert "Umask:\t0027" in Path(f"/proc/{main.pid}/status").read_text()
-    assert (reader.nice(), reader.cpu_affinity()) == (3, [core])
+    assert (reader.nice(), reader.cpu_affinity()) == (os.nice(0) + 3, [core])
     assert reader.rlimit(resource.RLIMIT_NOFILE)[1] == 4000
 
 
