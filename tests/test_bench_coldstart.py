@@ -756,6 +756,26 @@ def test_bandwidth_is_measured_on_a_cold_file(split_tiny):
     assert bench_coldstart.cached_bytes(split_tiny / first) >= (split_tiny / first).stat().st_size
 
 
+def test_trial_that_would_be_warm_does_not_begin(tmp_path, monkeypatch):
+    """Not only before the first trial, where the storage is measured: the one before it may have left a server."""
+    monkeypatch.setattr(bench_coldstart, "library_files", list)
+    monkeypatch.setattr(bench_coldstart, "DROP_PAUSE", 0.0)
+    monkeypatch.setattr(bench_coldstart, "cached_bytes", lambda path: 4096)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights").write_bytes(b"x")
+
+    def begins(**options) -> bool:
+        args = SimpleNamespace(ray=False, unverified_cold=False, **options)
+        with bench_coldstart.trial_server(
+            ["true"], tmp_path / "checkpoint", args, options["cold"], tmp_path / "log", dict(os.environ)
+        ):
+            return True
+
+    assert begins(cold=False)
+    with pytest.raises(bench_coldstart.UsageError, match="stays in the page cache"):
+        begins(cold=True)
+
+
 # ---- steps ------------------------------------------------------------------------------------------
 
 

@@ -642,6 +642,21 @@ def test_adapter_that_is_replaced_while_the_server_starts(fake, split_tiny, tmp_
     assert [row.setting.adapter for row in eval_triviaqa.read_rows(args)] == [checksum]
 
 
+def test_kept_answers_are_those_of_the_same_stage_adapter_and_model(tmp_path):
+    """An interrupted run goes on with what it has, and another one with nothing of it."""
+    task = eval_triviaqa.Questions([eval_triviaqa.make_question("q1", "Where?", ["Paris"])])
+    (question,) = task.items
+    asked = eval_triviaqa.Setting(1, None, "model")
+    others = [(2, None, "model"), (1, "an adapter", "model"), (1, None, "another model")]
+    kept = eval_triviaqa.Kept(tmp_path / "kept")
+    kept.put(asked, task, question, "Paris")
+    kept.file.close()
+    again = eval_triviaqa.Kept(tmp_path / "kept")
+    assert again.get(asked, task, question) == "Paris"
+    assert [again.get(eval_triviaqa.Setting(*other), task, question) for other in others] == [None] * 3
+    again.discard()
+
+
 # ---- quality against bytes --------------------------------------------------------------------------
 
 

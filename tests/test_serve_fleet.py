@@ -26,7 +26,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import requests
-from conftest import ROOT, free_port, run_script
+from conftest import run_script
+from servers import ROOT, check_nothing_is_left, free_port
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 from fleets import (
@@ -574,6 +575,34 @@ def test_config_for_serve_deploy(run_fleet, tmp_path):
     assert app.import_path == "serve_fleet:build" and app.args["options"] == ["--max-model-len", "64"]
     assert app.args["idle"] == 5.0 and Path(app.args["server"]).is_file()
     assert serve_fleet.build(app.args) is not None
+
+
+AGENT = """
+import asyncio, sys
+from serve_fleet import Agent, Settings
+
+async def main():
+    agent = Agent(Settings({"m": sys.argv[1]}, server=sys.argv[2], standby=False), "node", "127.0.0.1", 1)
+    print("engine", agent.spawn("m").popen.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.server
+def test_engines_end_with_their_agent(split_tiny, start, short_tmp):
+    """By themselves: not every release of Ray ends the children of an actor that is killed."""
+    env = {"PYTHONPATH": str(ROOT), "TMPDIR": str(short_tmp)}
+    agent = start.process("-c", AGENT, split_tiny, ROOT / "tests" / "fake_engine.py", env=env)
+    agent.wait_for(lambda: agent.log.read_text().partition("engine ")[2].endswith("\n"))
+    engine = psutil.Process(int(agent.log.read_text().partition("engine ")[2]))
+    agent.process.kill()
+    try:
+        check_nothing_is_left([engine])
+    finally:
+        if engine.is_running():
+            engine.kill()
 
 
 # ---- a fleet that most tests share --------------------------------------------------------------------

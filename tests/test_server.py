@@ -227,6 +227,26 @@ def test_nobody_is_answered_by_an_earlier_stage(kind, options, request, hold, st
         assert asked.result().headers["X-Progressive-Stage"] == "2"
 
 
+def test_nothing_is_answered_from_the_cache_of_an_earlier_stage(split_tiny, hold, start):
+    """The prefix cache of a server, which makes its transitions by itself, and not as load_llm() does."""
+    prompt = "abcdefgh" * 64  # a token a letter: several blocks of the KV cache
+
+    def cached_tokens() -> float:
+        before = server.metric("vllm:prefix_cache_hits_total")
+        assert server.complete(prompt).json()["usage"]["prompt_tokens"] == len(prompt)
+        return server.metric("vllm:prefix_cache_hits_total") - before
+
+    held = hold(split_tiny)
+    server = start(held.path).wait_until_ready()
+    assert cached_tokens() == 0 < cached_tokens()  # it caches indeed
+    held.release(2)
+    server.wait_until_ready(2)
+    assert cached_tokens() == 0 < cached_tokens()
+    held.release(3)
+    server.wait_until_ready(3)
+    assert cached_tokens() == 0 < cached_tokens()
+
+
 # ---- compiled behind the tokens ----------------------------------------------------------------------
 
 
