@@ -24,7 +24,8 @@ SERVER = ROOT / "progressive_serve.py"
 STOCK = ("-m", "vllm.entrypoints.openai.api_server", "--enforce-eager")
 SERVED = ["--max-model-len", "1024", "--max-num-seqs", "16"]
 KV_CACHE = ["--kv-cache-memory-bytes", str(256 << 20)]
-LIMIT = float(os.environ.get("LIMIT", 300))  # seconds that a test waits for a state: no busy machine takes so long
+# Seconds that a test waits for a state: no busy machine takes so long. Who writes a test may want fewer.
+LIMIT = float(os.environ.get("TEST_LIMIT", 300))
 MARK = "TEST_WORKER"  # in the environment of every process that a test starts, and of whatever that starts
 # The environment that scripts are started with. It is noted before this process imports vLLM, which changes variables:
 # a standby refuses a caller whose environment is another one.
