@@ -1,8 +1,8 @@
 # make demo            set up everything, get a real model (SmolLM2-135M), split it both ways, start it cold beside stock
 #                      vLLM, and ask each stage
 # make demo-adapters   set up everything, train a small LLaMA and adapters for its early stages, and ask each stage
-# make test            set up everything and run the tests: each claim once (12 minutes)
-# make test-all        the same claims for every dtype, signal, architecture and kind of start; soak; rehearsal (35 minutes)
+# make test            set up everything and run the tests: each claim once (8 minutes)
+# make test-all        the same claims for every dtype, signal, architecture and kind of start; soak; rehearsal (20 minutes)
 # make test-quick      what starts no engine and no server (90 seconds)
 # make soak            many cold starts, transitions and kills in a row, and what went wrong (half an hour)
 #
@@ -67,11 +67,11 @@ demo-adapters: demo/checkpoint/adapters/stage2/training.json
 PYTEST := OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: checked
-	$(SAY) "Tests: each claim once (12 minutes)"
+	$(SAY) "Tests: each claim once (8 minutes)"
 	@$(PYTEST) -m "not slow"
 
 test-all: checked
-	$(SAY) "Tests: all of them (35 minutes)"
+	$(SAY) "Tests: all of them (20 minutes)"
 	@TEST_STANDBY=0 $(PYTEST)
 
 test-quick: checked

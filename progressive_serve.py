@@ -3261,8 +3261,9 @@ class EngineFirst(async_llm.AsyncLLM):
         vLLM's own drain lets no transition pause the engine, and one that has begun would cut them off: so they are
         waited for before.
         """
-        if self.controller and timeout:
-            timeout = self.controller.drain(timeout)
+        if self.controller:
+            left = self.controller.drain(timeout or 0.0)
+            timeout = timeout and left
         super().shutdown(timeout=timeout)
 
 
@@ -4375,17 +4376,18 @@ class Controller:
                 await asyncio.sleep(POLL_SECONDS)
             self.update()
         except Exception as error:
-            logger.exception("the transition to stage %d failed", self.progress.active_stage + 1)
-            failed = 1 if isinstance(error, StageLost) else self.progress.active_stage + 1
-            self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
-            self.update()
+            if not self.draining:  # else the engine has ended before the server, which was told to end
+                logger.exception("the transition to stage %d failed", self.progress.active_stage + 1)
+                failed = 1 if isinstance(error, StageLost) else self.progress.active_stage + 1
+                self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
+                self.update()
         self.end()
+        if self.draining:
+            return
         stage = self.progress.served_stage()
         if not stage:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif (
-            stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config) and not self.draining
-        ):
+        elif stage == self.progress.plan.num_stages and is_compiled_later(self.engine.vllm_config):
             await self.optimize()
 
     async def transition(self, stage: int) -> None:

@@ -325,8 +325,8 @@ def probe_later(checkpoint: str, prompts: list[str]) -> dict:
 
 
 def compilers() -> list[list[str]]:
-    """What is left of compiler processes."""
-    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    """What is left of this process' compilers; another test may have its own."""
+    commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
     return [command for command in commands if progressive_serve.COMPILER_COMMAND in command]
 
 

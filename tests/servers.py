@@ -427,15 +427,20 @@ class Held:
         self.kept, self.ended = folder / "to come", threading.Event()
         self.kept.mkdir()
         stages = json.loads((checkpoint / "progressive.json").read_text())["stages"]
-        self.files = {row["stage"]: [file["name"] for file in row["files"]] for row in stages if row["stage"] > after}
-        for name in (name for names in self.files.values() for name in names):
-            os.rename(self.path / name, self.kept / name)
+        self.later = {row["stage"]: [file["name"] for file in row["files"]] for row in stages if row["stage"] > after}
+        self.withhold()
         self.copier = threading.Thread(target=self.go_on, daemon=True)
         self.copier.start()
 
     def go_on(self) -> None:
         while not self.ended.wait(1.0):  # the pace of a copier
             (self.path / ".more.safetensors.partial").touch()
+
+    def withhold(self) -> None:
+        """At first, and once more for the next server on the same folder."""
+        self.files = dict(self.later)
+        for name in (name for names in self.files.values() for name in names):
+            os.rename(self.path / name, self.kept / name)
 
     def release(self, *stages: int) -> None:
         """The files of these stages arrive, or all that are missing."""

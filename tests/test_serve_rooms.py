@@ -2182,6 +2182,23 @@ def test_server_that_drains_grows_until_everybody_is_answered(served):
     served(check)
 
 
+def test_transition_that_the_end_of_the_server_cuts_off_is_no_failure(served):
+    """A server that got SIGTERM in its first one ended with 2."""
+
+    async def check(server):
+        async def has_ended(*_, **__):
+            server.controller.drain(0.0)
+            raise RuntimeError("the engine has ended")
+
+        await server.reach(1)
+        server.engine.collective_rpc = has_ended
+        server.bind(2)
+        await until(server.middleware.transitions.done)
+        assert server.controller.progress.error is None and server.controller.progress.active_stage == 1
+
+    served(check)
+
+
 def test_speed_of_recomputing_is_measured(served):
     async def check(server):
         await server.reach(1)

@@ -254,14 +254,16 @@ def test_nothing_is_answered_from_the_cache_of_an_earlier_stage(split_tiny, hold
 def test_server_compiles_behind_the_tokens(split_tiny, hold, tmp_path, start):
     """From an empty cache; then, from that, while eight streams run across the transitions and what follows them."""
     env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "VLLM_DISABLE_COMPILE_CACHE": "0"}
-    server = start(split_tiny, "--optimize-later", alone=True, env=env).wait_until_ready()
+    held = hold(split_tiny)
+    held.release()
+    server = start(held.path, "--optimize-later", alone=True, env=env).wait_until_ready()
     server.wait_for(lambda: "compiling" in server.events())
     assert server.progress()["stage"] == 3
     server.wait_for(lambda: server.progress()["optimized"] == "compiled", seconds=1200)  # where others compute, too
     expected = server.complete("Hello", logprobs=1).json()["choices"]
     assert server.stop() == 0
 
-    held = hold(split_tiny)
+    held.withhold()  # of the same folder, whose name is part of vLLM's key
     server = start(held.path, "--optimize-later", alone=True, env=env).wait_until_ready()
     streams = [server.stream(f"{number}") for number in range(8)]
     assert {stream.headers["X-Progressive-Stage"] for stream in streams} == {"1"}
