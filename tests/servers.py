@@ -32,6 +32,8 @@ MARK = "TEST_WORKER"  # in the environment of every process that a test starts, 
 os.environ[MARK] = str(os.getpid())
 ENVIRON = dict(os.environ)
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+with contextlib.suppress(OSError):  # Linux divides processors among sessions; a standby's servers have their own
+    Path("/proc/self/autogroup").write_text("-10")
 may_start = True  # conftest.py: whether the test that runs is marked as one that starts servers
 
 
@@ -307,17 +309,14 @@ class Server(Process):
 
 
 def give_way(server: list[psutil.Process]) -> None:
-    """Whoever computes gives way to the server's other processes, and the server's session to the test's.
+    """Whoever computes gives way to the server's other processes, and to its test.
 
-    vLLM's processes spin, and Linux divides processors among sessions: they kept a test from running for a second, in
-    which a stream of 900 tokens ended.
+    vLLM's processes spin: they kept a test from running for a second, in which a stream of 900 tokens ended.
     """
     for process in server:
-        with contextlib.suppress(OSError, psutil.NoSuchProcess):  # such as of a kernel without autogroups
+        with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("VLLM::"):
                 process.nice(10)
-                if os.getsid(process.pid) != os.getsid(0):
-                    Path(f"/proc/{process.pid}/autogroup").write_text("10")
 
 
 def cmdline(process: psutil.Process) -> list[str]:
