@@ -40,12 +40,12 @@ may_start = True  # conftest.py: whether the test that runs is marked as one tha
 # ---- waiting -----------------------------------------------------------------------------------------
 
 
-def wait_for(what: Callable, seconds: float = LIMIT, told: Callable[[], str] = str):
+def wait_for(what: Callable, seconds: float = LIMIT, told: Callable[[], str] = str, pause: float = 0.02):
     """Returns what `what()` returns as soon as that is true; fails with what `told()` says after the limit."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {told()}"
-        time.sleep(0.02)  # a wait for a state asks for it again and again
+        time.sleep(pause)  # a wait for a state asks for it again and again
     return found
 
 
@@ -115,7 +115,7 @@ class Process:
     def tail(self) -> str:
         return self.log.read_text()[-4000:]
 
-    def wait_for(self, what: Callable, seconds: float = LIMIT):
+    def wait_for(self, what: Callable, seconds: float = LIMIT, pause: float = 0.02):
         """As wait_for(), as long as the process runs."""
 
         def holds():
@@ -123,7 +123,7 @@ class Process:
             assert found or self.process.poll() is None, f"ended with {self.process.returncode}: {self.tail()}"
             return found
 
-        return wait_for(holds, seconds, self.tail)
+        return wait_for(holds, seconds, self.tail, pause)
 
     def says(self, text: str) -> bool:
         return text in self.log.read_text()
@@ -197,7 +197,7 @@ class Server(Process):
         **how,
     ):
         check_may_start()
-        self.port, self.standby = free_port(), standby
+        self.port, self.standby, self.is_suspended = free_port(), standby, False
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [checkpoint, "--port", self.port, *SERVED, *kv_cache, *options]
         if standby:
@@ -242,21 +242,52 @@ class Server(Process):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Nothing is computed meanwhile: what is in flight stays in flight."""
+        """Nothing is computed meanwhile: what is in flight stays in flight. It may be entered once more within."""
+        if self.is_suspended:
+            yield
+            return
         self.worker.suspend()
+        self.is_suspended = True
         try:
             yield
         finally:
+            self.is_suspended = False
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.worker.resume()
 
-    def grow(self, held: "Held", *stages: int) -> None:
-        """These stages arrive, or all, while nothing is computed: no stream is over before the server grows."""
+    def compute_until(self, what: Callable) -> None:
+        """A few steps at a time, between which the server's other processes catch up; it is suspended before and after.
+
+        A stream of 900 tokens takes 1.5 s, in which they, or the test, may get no processor at all.
+        """
+
+        def holds():
+            if not (found := what()):
+                self.worker.resume()
+                time.sleep(0.01)  # some steps
+                self.worker.suspend()
+            return found
+
+        with self.suspended():
+            self.wait_for(holds, pause=0.1)
+
+    def arrive(self, held: "Held", *stages: int) -> None:
+        """The reader reads these stages, or all, while nothing is computed."""
         stages = stages or tuple(held.files)
         with self.suspended():
             journal = journal_of(self.reader())
             held.release(*stages)
             self.wait_for(lambda: stages_of(journal, "resident").issuperset(stages))
+
+    def grow(self, held: "Held", *stages: int) -> None:
+        """These stages, or all, arrive and become active, of which the last is certain. No stream is over before that
+        which has begun since the server was suspended.
+        """
+        stages = stages or tuple(held.files)
+        with self.suspended():
+            journal = journal_of(self.reader())
+            self.arrive(held, *stages)
+            self.compute_until(lambda: max(stages) in stages_of(journal, "active"))
 
     def is_up(self) -> bool:
         """Whether it listens; an answer may take longer."""

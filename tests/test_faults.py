@@ -59,8 +59,8 @@ def test_running_requests_finish_when_the_server_is_to_end(split_tiny, hold, sta
     held = hold(split_tiny)
     server = start(held.path, "--shutdown-timeout", "300").wait_until_ready()
     processes = server.family()
-    stream = server.stream("Hello")
     with server.suspended():  # else it may be over before the signal
+        stream = server.stream("Hello")
         server.process.terminate()
         server.wait_for(lambda: server.says("mode=drain"))
         server.grow(held)
