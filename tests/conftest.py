@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 
 # Files run one by one on two workers: what takes long begins first, so that neither waits for the other at the end.
-LONGEST_FIRST = ("engine", "server", "serve_fleet", "planes", "standby", "serve_rooms", "bench_coldstart", "faults")
+LONGEST_FIRST = (
+    *("engine", "server", "serve_fleet", "planes", "standby"),
+    *("reader", "serve_rooms", "bench_coldstart", "faults"),
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
@@ -212,6 +216,11 @@ class PassLayer(torch.nn.Module):
         return hidden_states
 
 
+def edit_config(checkpoint: Path, **values) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
+
+
 def load_stage(checkpoint: Path, stage: int, dtype=torch.float32):
     """The model of a stage in plain transformers: PassLayers in place of what the later stages add."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
@@ -298,6 +307,54 @@ def bucket(split_tiny, tmp_path_factory):
     finally:
         store.kill()
         store.wait()
+
+
+# ---- a reader process, and what it reads -----------------------------------------------------------
+
+
+class Reading:
+    """A reader process on a checkpoint, and its journal."""
+
+    def __init__(self, checkpoint: Path, **options):
+        import progressive_serve
+
+        self.launch = progressive_serve.start_reading(checkpoint, start=time.monotonic(), **options)
+        self.plan = self.launch.plan
+        self.buffer = progressive_serve.WeightBuffer(self.launch.serving.buffer, self.plan)
+        self.progress = progressive_serve.Progress(self.plan, serving=self.launch.serving)
+
+    def wait_for(self, what) -> None:
+        def holds():
+            self.progress.fold(self.launch.journal.follow())
+            return what(self.progress)
+
+        wait_for(holds, told=lambda: self.progress)
+
+    def wait_for_all(self) -> None:
+        self.wait_for(lambda progress: progress.errors or len(progress.resident) == self.plan.num_stages)
+        assert self.progress.error is None
+
+    def bytes_of(self, name: str) -> bytes:
+        return bytes(self.buffer.place_of(name))
+
+    def memory(self) -> int:
+        """Bytes that the buffer holds now."""
+        return os.stat(self.launch.serving.buffer).st_blocks * 512
+
+
+@pytest.fixture
+def read():
+    """Begins to read a checkpoint; the reader processes end with the test."""
+    readings = []
+
+    def read(checkpoint: Path, **options) -> Reading:
+        readings.append(Reading(checkpoint, **options))
+        return readings[-1]
+
+    yield read
+    for reading in readings:
+        reading.launch.close()
+        reading.launch.reader.wait(300)
 
 
 # ---- what the controller is given --------------------------------------------------------------------
