@@ -3,7 +3,7 @@
 # make demo-adapters   set up everything, train a small LLaMA and adapters for its early stages, and ask each stage
 # make test            set up everything and run the tests: each claim once (8 minutes)
 # make test-all        the same claims for every dtype, signal, architecture and kind of start; soak; rehearsal (20 minutes)
-# make test-quick      what starts no engine and no server (2 minutes)
+# make test-quick      what starts no engine and no server (90 seconds)
 # make soak            many cold starts, transitions and kills in a row, and what went wrong (half an hour)
 #
 # PYTHON        the interpreter that .venv is made from (default: python3)
@@ -75,7 +75,7 @@ test-all: checked
 	@TEST_STANDBY=0 $(PYTEST)
 
 test-quick: checked
-	$(SAY) "Tests without an engine (2 minutes)"
+	$(SAY) "Tests without an engine (90 seconds)"
 	@$(PYTEST) -m "not slow and not server"
 
 checked: demo/checkpoint/progressive.json .venv/lm-eval
