@@ -65,11 +65,14 @@ import copy
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import functools
 import gc
 import hashlib
 import heapq
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -92,6 +95,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import warnings
@@ -105,7 +109,8 @@ from pathlib import Path
 
 FORMAT_VERSIONS = (1, 2)  # of progressive.json; 2 has planes
 NAME = Path(__file__).name
-MODULE = Path(__file__).stem  # the name under which vLLM's other processes import this file
+FILE = Path(__file__).resolve()
+MODULE = re.sub(r"\W", "_", FILE.stem)  # the name under which vLLM's other processes import this file
 LOAD_FORMAT = "progressive"
 HOLLOW_FORMAT = "progressive-hollow"  # of the compiler process
 LAYERS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # whose decoder layers a gate fits
@@ -138,8 +143,9 @@ IMPORTED_FOR_NOTHING = (  # where they are installed
     "sklearn",  # by transformers, for a way of generating of no use here
     "pandas",  # by sklearn, and by vLLM 0.26; with a thread of Arrow's allocator, and a standby may have none
 )
-SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # suffixes of what is not weights
-ADAPTER_FILES = "adapters/stage*/adapter_model.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+ADAPTER_WEIGHTS = "adapters/stage*/adapter_model.safetensors"
+INDEX = "model.safetensors.index.json"
 READ_MARK_SECONDS = 0.05  # how often the reader tells how far it is
 POLL_SECONDS = 0.01  # how often the others look
 PARENT_POLL_SECONDS = 0.2  # how often the reader looks whether the server still lives
@@ -169,11 +175,15 @@ MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to 
 STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LORA_NAME = re.compile(r"base_model\.model\.(?P<weight>model\.layers\.(?P<layer>\d+)\.[\w.]+)\.lora_[AB]\.weight")
-# Options of a PEFT LoRA that mean more than W + scaling x B A with one rank and one scaling.
-UNSUPPORTED_LORA_OPTIONS = (
-    "use_dora", "lora_bias", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "target_parameters",
+# Options of a saved PEFT LoRA that leave it W + scaling x B A: where it came from, how it was trained, which weights it
+# has, the rank and the scaling. Any other has to be off.
+PLAIN_LORA_OPTIONS = (
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
+# Values of init_lora_weights with which PEFT leaves W as it is. With others, such as pissa, a part of W moves into B A.
+PLAIN_LORA_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # vLLM's options that cannot be combined with staged loading, with the value that they have when they are not used.
 UNSUPPORTED_OPTIONS = {
     "enable_lora": False,
@@ -194,8 +204,26 @@ UNSUPPORTED_OPTIONS = {
 }
 
 
+class FoundAsModule:
+    """Imports this file as MODULE where that is not its name: progressive_serve-0.1.py, or a copy without a suffix."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        loader = importlib.machinery.SourceFileLoader(name, str(FILE))
+        return importlib.util.spec_from_file_location(name, FILE, loader=loader) if name == MODULE else None
+
+
+if FILE.name != f"{MODULE}.py":
+    sys.meta_path.insert(0, FoundAsModule)
+
+
 class UsageError(Exception):
     """Bad input: the message names the value and the way out. Scripts exit with code 2."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What has gone wrong, as the last line of its traceback says it: the text alone may be empty, or a bare key."""
+    return str(error) if isinstance(error, UsageError) else traceback.format_exception_only(error)[-1].strip()
 
 
 # ---- kinds of stages: what a stage adds; tensors in, tensors out (every process) --------------------
@@ -235,6 +263,12 @@ class Layers:
     def decoded_bytes(manifest: dict) -> int:
         """What the tensors take at most that are made from the files; 0: they are in there as they are."""
         return 0
+
+    @staticmethod
+    def source_tensors(manifest: dict, root: Path) -> dict[str, dict]:
+        """Name -> dtype, as safetensors calls it, of each tensor of the exact model; the files may not be there yet."""
+        dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(manifest.get("dtype"))
+        return {name: {"dtype": dtype} for name in json.loads((root / INDEX).read_text())["weight_map"]}
 
     @staticmethod
     def mismatches(tensors: dict[int, dict[str, str]], stages: list["Layers"]) -> Iterator[tuple[int, str]]:
@@ -385,6 +419,11 @@ class Planes:
         return sum(row["bytes"] + ALIGNMENT * len(json.loads(row["header"])) for row in files)
 
     @staticmethod
+    def source_tensors(manifest: dict, root: Path) -> dict[str, dict]:
+        headers = [json.loads(row["header"]) for row in manifest["source"]["files"].values()]
+        return {name: entry for header in headers for name, entry in header.items() if name != "__metadata__"}
+
+    @staticmethod
     def mismatches(tensors: dict[int, dict[str, str]], stages: list["Planes"]) -> Iterator[tuple[int, str]]:
         """Every stage has a record of each matrix."""
         records = {name for name in tensors.get(1, ()) if name.endswith(RECORD)}
@@ -435,6 +474,7 @@ class Plan:
 
     root: Path  # of the manifest, the configuration and the tokenizer
     stages: tuple[Stage, ...]
+    architecture: str
     decoded_bytes: int = 0  # at most, of all tensors, where they are made from what the files hold; see Decoder
 
     @property
@@ -490,8 +530,8 @@ def read_plan(checkpoint: str | Path) -> Plan:
             raise ValueError("stages are of several kinds")
         (kind,) = kinds
         kind.check([stage.adds for stage in stages], manifest["num_layers"])
-        plan = Plan(root, stages, kind.decoded_bytes(manifest))
-        check_config(plan, manifest["num_layers"])
+        architecture = read_architecture(root, manifest["num_layers"])
+        plan = Plan(root, stages, architecture, kind.decoded_bytes(manifest))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{manifest_path} is malformed: {error!r}\nmake the checkpoint again with prune_and_split.py"
@@ -499,24 +539,28 @@ def read_plan(checkpoint: str | Path) -> Plan:
     return plan
 
 
-def check_config(plan: Plan, num_layers: int) -> None:
-    """Raises UsageError unless config.json is there, and of as many layers."""
-    path = plan.root / "config.json"
+def read_architecture(root: Path, num_layers: int) -> str:
+    """The architecture in config.json. Raises UsageError unless that is there, and of as many layers."""
+    path = root / "config.json"
     try:
-        layers, _ = json.loads(path.read_text())["num_hidden_layers"], architecture_of(plan)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        config = json.loads(path.read_text())
+        layers, (architecture, *_) = config["num_hidden_layers"], config["architectures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be used ({error!r})\ncopy the checkpoint again") from error
     if layers != num_layers:
-        raise UsageError(f"{plan.root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
-
-
-def architecture_of(plan: Plan) -> str:
-    return json.loads((plan.root / "config.json").read_text())["architectures"][0]
+        raise UsageError(f"{root}: config.json has {layers} layers, progressive.json {num_layers}; make it again")
+    for where in (config, config.get("text_config") or {}):
+        if quantized := where.get("quantization_config") or where.get("compression_config"):
+            method = quantized.get("quant_method")
+            raise UsageError(f"{path}: quantization_config {method}: stages are of unquantised weights; take those")
+    if (root / "hf_quant_config.json").is_file():
+        raise UsageError(f"{root} has a hf_quant_config.json: stages are of unquantised weights; take those")
+    return architecture
 
 
 def check_architecture(plan: Plan, untested: bool) -> None:
     """Raises UsageError for a model that this kind of stages has not been seen to serve right."""
-    architecture, known = architecture_of(plan), plan.kind.ARCHITECTURES
+    architecture, known = plan.architecture, plan.kind.ARCHITECTURES
     if architecture in known or (untested and plan.kind is Planes):
         return
     way_out = "--untested-architecture lets you try" if plan.kind is Planes else "stages of planes may serve it"
@@ -609,7 +653,6 @@ def read_adapter(plan: Plan, stage: int) -> Adapter:
 
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        model = json.loads((plan.root / "config.json").read_text())
         training = folder / "training.json"
         base = json.loads(training.read_text())["base"]["files"] if training.is_file() else None
         path = folder / "adapter_model.safetensors"
@@ -618,24 +661,30 @@ def read_adapter(plan: Plan, stage: int) -> Adapter:
         shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
         rank, alpha = config["r"], config["lora_alpha"]
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isfinite(scaling):
+            raise ValueError(f"lora_alpha is {alpha}")
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         refuse(f"cannot be read as a PEFT adapter ({error!r})")
     if config.get("peft_type") != "LORA":
         refuse(f"is of kind {config.get('peft_type')}, but only LORA can be merged")
-    for option in UNSUPPORTED_LORA_OPTIONS:
-        if config.get(option) not in (None, False, "none", [], {}):
+    for option, value in config.items():
+        if option == "init_lora_weights" and value not in PLAIN_LORA_INITS:
+            refuse(f"was begun with init_lora_weights={value!r}, which changes the weights under it")
+        elif option not in (*PLAIN_LORA_OPTIONS, "init_lora_weights") and value not in (None, False, "none", [], {}):
             refuse(f"uses {option}, which cannot be merged here")
     resident = {file.name: file.blake3 for row in plan.stages[:stage] for file in row.files}
     if base is not None and base != resident:
         refuse(f"was trained on another base: the checksums in its training.json are not those of stage {stage}")
-    absent = plan.absent_layers(stage)
+    from transformers import AutoConfig  # not vLLM's, which is not to be imported yet: see IMPORTED_WITH
+
+    absent, model = plan.absent_layers(stage), AutoConfig.from_pretrained(plan.root)
     weights = set()
     for name in shapes:
         match = LORA_NAME.fullmatch(name)
         if not match:
             refuse(f"holds {name}, which is no LoRA of a decoder layer")
         layer, weight = int(match["layer"]), match["weight"]
-        if layer in absent or layer >= model["num_hidden_layers"]:
+        if layer in absent or layer >= model.num_hidden_layers:
             refuse(f"touches layer {layer}, which stage {stage} does not have")
         weights.add(f"{weight}.weight")
     adapter = Adapter(stage, path, scaling, frozenset(weights))
@@ -648,19 +697,19 @@ def read_adapter(plan: Plan, stage: int) -> Adapter:
     return adapter
 
 
-def linear_shape(config: dict, weight: str) -> tuple[int, int]:
+def linear_shape(config, weight: str) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer of a LLaMA, from its configuration; (0, 0) for any other name."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = config.head_dim or hidden // heads
+    queries, keys = heads * head, config.num_key_value_heads * head
     shapes = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
-        "gate_proj": (config["intermediate_size"], hidden),
-        "up_proj": (config["intermediate_size"], hidden),
-        "down_proj": (hidden, config["intermediate_size"]),
+        "gate_proj": (config.intermediate_size, hidden),
+        "up_proj": (config.intermediate_size, hidden),
+        "down_proj": (hidden, config.intermediate_size),
     }
     return shapes.get(weight.split(".")[-2], (0, 0))
 
@@ -701,28 +750,38 @@ def locate(checkpoint: str | Path, cache_dir: Path | None, scratch: Path) -> Loc
     contain: a mended chat template is another folder beside the same weights. Small files are fetched and compared at
     every start, stage files are verified while they are read, so nothing that has gone bad is served. A folder of
     another manifest is never removed: that is for whoever owns the cache to do, while no server reads from it.
+
+    Without cache_dir the small files of an object store lie in vLLM's own cache: the path of a model is part of the key
+    of what vLLM compiles, so it has to be the same at every start.
     """
     source = str(checkpoint)
     if cache_dir is None and not is_uri(source):
         return Location(Path(source), source)
+    if cache_dir and Path(source).resolve() in (cache_dir.resolve(), *cache_dir.resolve().parents):
+        raise UsageError(f"--cache-dir {cache_dir} lies in the checkpoint {source}: name another")
     fetched = scratch / "checkpoint"
     fetch_small_files(source, fetched)
     if not (fetched / "progressive.json").is_file():
         raise UsageError(f"{source} has no progressive.json, so it is not a progressive checkpoint")
-    if cache_dir is None:
-        return Location(fetched, source)
-    keep = cache_dir / f"{Path(source).name}-{identity_of([fetched / 'progressive.json'], fetched)}"
+    cache = cache_dir or vllm_cache() / "progressive_serve"
+    keep = cache / f"{Path(source).name}-{identity_of([fetched / 'progressive.json'], fetched)}"
     root = keep / identity_of(files_below(fetched), fetched)
     try:
         keep.mkdir(parents=True, exist_ok=True)
         keep_small_files(fetched, root)
     except OSError as error:
-        if not keep.is_dir() and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if cache_dir and not keep.is_dir() and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise UsageError(f"--cache-dir {cache_dir} cannot be written ({error.strerror}): name another") from error
         root = fetched  # the reader tells it in the timeline
     else:
         shutil.rmtree(scratch, ignore_errors=True)
-    return Location(root, source, str(keep))
+    return Location(root, source, str(keep) if cache_dir else "")
+
+
+def vllm_cache() -> Path:
+    """vLLM's VLLM_CACHE_ROOT, which is known before vLLM is imported."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm"
+    return Path(os.environ.get("VLLM_CACHE_ROOT") or usual).expanduser()
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -760,6 +819,16 @@ def keep_small_files(fetched: Path, root: Path) -> None:
             raise
 
 
+def is_side_file(name: str) -> bool:
+    """Whether a file of a model's folder, named from there, is neither weights nor hidden: it goes along with them."""
+    return not name.endswith(WEIGHT_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def is_fetched(name: str) -> bool:
+    """Whether a file of a checkpoint is one of the small ones: a side file, the index, or the weights of an adapter."""
+    return is_side_file(name) or name == INDEX or fnmatch.fnmatch(name, ADAPTER_WEIGHTS)
+
+
 def fetch_small_files(source: str, folder: Path) -> None:
     """Everything but the stage files, into a new folder. Object stores through runai-model-streamer, as vLLM does.
 
@@ -770,10 +839,11 @@ def fetch_small_files(source: str, folder: Path) -> None:
             raise UsageError(f"no such checkpoint folder: {source}")
         try:
             folder.mkdir(parents=True)
-            for path in (path for path in Path(source).iterdir() if path.suffix in SMALL_FILES):
-                shutil.copy2(path, folder)
-            if (Path(source) / "adapters").is_dir():
-                shutil.copytree(Path(source) / "adapters", folder / "adapters", ignore=shutil.ignore_patterns(".*"))
+            for path in files_below(Path(source)):
+                name = path.relative_to(source)
+                if is_fetched(str(name)):
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, folder / name)
         except OSError as error:
             raise UsageError(f"{source} cannot be copied to {folder} ({error}): is there room in TMPDIR?") from error
         return
@@ -781,11 +851,13 @@ def fetch_small_files(source: str, folder: Path) -> None:
         from runai_model_streamer import pull_files
 
         folder.mkdir(parents=True)
-        pull_files(source, str(folder), allow_pattern=[*(f"*{suffix}" for suffix in SMALL_FILES), f"*{ADAPTER_FILES}"])
+        weights = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not INDEX.endswith(suffix)]
+        pull_files(source, str(folder), ignore_pattern=weights)
+        pull_files(source, str(folder), allow_pattern=[f"*{ADAPTER_WEIGHTS}"])
     except ImportError as error:
         raise UsageError(f"{source} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
     except Exception as error:  # of whatever client library the store has
-        raise UsageError(f"{source} cannot be read: {error}") from error
+        raise UsageError(f"{source} cannot be read: {reason_of(error)}") from error
 
 
 def check_files(plan: Plan, location: Location, min_stage: int) -> None:
@@ -1092,6 +1164,7 @@ class Progress(Arrivals):
     serving: ServingPlan = field(kw_only=True)
     ready: bool = False  # whether the server listens
     active_stage: int = 0  # whose gates are open; it may still be arriving. 0 before there is one
+    opened: dict | None = None  # of the event `active`, which is shown when all of the weights are there
     complete_at: dict[int, float] = field(default_factory=dict)  # stage -> when it was active with all its weights
     optimized: str = "eager"  # how the model runs: eager, compiling (and eager meanwhile), or compiled
     not_optimized: str | None = None  # why it stays eager, or the graphs are not all captured
@@ -1106,7 +1179,7 @@ class Progress(Arrivals):
         if event == "ready":
             self.ready = True
         elif event == "active":
-            self.active_stage = fields["stage"]
+            self.active_stage, self.opened = fields["stage"], fields
         elif event in ("compiling", "compiled"):
             self.optimized, self.num_graphs = event, fields.get("graphs")
         elif event == "captured":
@@ -1118,7 +1191,12 @@ class Progress(Arrivals):
             self.optimized, self.not_optimized = "eager", fields["reason"]
         for stage in range(1, min(self.active_stage, self.bound_stage()) + 1):
             self.complete_at.setdefault(stage, at)
-        self.timeline.append({"event": event, "seconds": round(at - self.start, 3), **fields})
+        seconds = round(at - self.start, 3)
+        if event != "active":
+            self.timeline.append({"event": event, "seconds": seconds, **fields})
+        if self.opened and self.opened["stage"] in self.complete_at:
+            self.timeline.append({"event": "active", "seconds": seconds, **self.opened})
+            self.opened = None
 
     def bound_stage(self) -> int:
         """The most complete stage that every worker has bound."""
@@ -1132,9 +1210,13 @@ class Progress(Arrivals):
         """The stage whose answers can be relied upon: active, and spoilt by no error. 0: none."""
         return min(self.active_stage, self.last_stage())
 
+    def ready_stage(self) -> int:
+        """The stage that is served, with all of its weights: nobody waits for bytes. 0: none."""
+        return min(max(self.complete_at, default=0), self.last_stage())
+
     def seconds_until(self, stage: int) -> float:
         """Until `stage` is likely to be served: until its last byte, for what comes after is short."""
-        return 0.0 if stage <= self.active_stage else max(1.0, self.seconds_until_resident(stage))
+        return 0.0 if stage in self.complete_at else max(1.0, self.seconds_until_resident(stage))
 
     def state_of(self, stage: Stage) -> str:
         """For GET /progress: absent, loading, resident or active."""
@@ -1393,7 +1475,7 @@ class StageReader:
                     self.read_stage(stage)
                     self.journal.mark("resident", stage=stage.number)
         except READ_ERRORS as error:
-            self.journal.mark("error", text=str(error), stage=stage.number)
+            self.journal.mark("error", text=reason_of(error), stage=stage.number)
             return 1
         return 0
 
@@ -1415,7 +1497,7 @@ class StageReader:
             except READ_ERRORS as error:
                 if stage.number <= self.min_stage:
                     raise
-                self.journal.mark("spoilt", stage=stage.number, text=str(error))
+                self.journal.mark("spoilt", stage=stage.number, text=reason_of(error))
                 by_time = isinstance(error, OSError) or any(map(is_uri, paths))
             until, pause = time.monotonic() + pause, min(2 * pause, longest)
             while list(map(state_of, paths)) == before and not (by_time and time.monotonic() > until):
@@ -1690,7 +1772,7 @@ class Decoder(Inflow):
             return
         except Exception as error:
             stage = max(1, self.stage)
-            self.journal.mark("error", text=f"stage {stage} cannot be decoded: {error}", stage=stage)
+            self.journal.mark("error", text=f"stage {stage} cannot be decoded: {reason_of(error)}", stage=stage)
 
     def decode_next(self, run: Callable) -> None:
         """Decode the stage that is due; once more when its bytes have been bad. Raises StageSpoilt for an error."""
@@ -1782,7 +1864,7 @@ class Decoder(Inflow):
                 try:
                     dtype, patterns = join_planes(records, room, run)
                 except (ValueError, KeyError, TypeError, IndexError, zstandard.ZstdError) as error:
-                    raise ValueError(f"the planes of {name} are damaged: {error}") from error
+                    raise ValueError(f"the planes of {name} are damaged: {reason_of(error)}") from error
                 shape = list(patterns.shape)
                 self.busy += time.monotonic() - self.begun
             else:
@@ -2364,12 +2446,29 @@ def prepare_imports() -> str | None:
     return omp_num_threads
 
 
+def check_shared_memory() -> None:
+    """Raises UsageError where there is too little for the messages between vLLM's processes.
+
+    A worker answers through ten chunks of 24 MiB, and is asked through ten of VLLM_MQ_MAX_CHUNK_BYTES_MB; vLLM finds
+    room for one after the other, and touches none of it yet.
+    """
+    chunk = max(24, int(os.environ.get("VLLM_MQ_MAX_CHUNK_BYTES_MB") or 16))
+    needed, folder = (10 * chunk + 1) << 20, "/dev/shm"
+    if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < needed:
+        raise UsageError(
+            f"{folder} has {free >> 20} MiB free, and vLLM needs {needed >> 20}: enlarge it, with Docker by --shm-size "
+            "1g, in Kubernetes by an emptyDir of medium Memory"
+        )
+
+
 def start_early(argv: list[str], start: float) -> EarlyStart:
     """Everything that can be done without torch and vLLM. Exits with 2 for bad input. start: see process_start."""
     args, vllm_argv = parse_args(argv)
     omp_num_threads = prepare_imports()
     end_on_signals(None)
     try:
+        if is_built_for_cpu():  # where vLLM has worker processes always
+            check_shared_memory()
         launch = start_reading(**of_reading(args), start=start)
     except UsageError as error:
         say(f"error: {error}")
@@ -2550,6 +2649,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import ChatParams
+from vllm.transformers_utils.config import get_config
 from vllm.utils.system_utils import decorate_logs
 from vllm.v1 import structured_output
 from vllm.v1.engine import async_llm, core_client
@@ -2985,7 +3085,7 @@ class Binding:
                         logger.warning("stage %d is bound anew once its bytes are mended", number)
             self.placing.finish()
         except Exception as error:
-            failure = f"binding stopped: {error}"
+            failure = f"binding stopped: {reason_of(error)}"
             if not self.verified.is_set():
                 self.failure = failure
                 for event in (*self.complete.values(), self.verified):
@@ -3028,7 +3128,7 @@ class Binding:
                 for part, weights in by_part:
                     self.placing.before(part)
                     merged = ((name, self.adapters.arrive(name, tensor, served_at)) for name, tensor in weights)
-                    self.missing -= self.model.load_weights(merged)
+                    self.missing -= self.load(merged)
                     self.placing.after(part)
                     if part in self.complete:  # the norm waits for the checksums
                         self.complete[part].set()
@@ -3040,6 +3140,21 @@ class Binding:
             raise StageSpoilt("bytes have been read anew that were in use already") from failure
         if failure:
             raise failure
+
+    def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        """What vLLM's load_weights() returns. Raises ValueError that names a weight of an unexpected shape."""
+        latest = ""
+
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal latest
+            for name, tensor in weights:
+                latest = f"{name} {list(tensor.shape)}"
+                yield name, tensor
+
+        try:
+            return self.model.load_weights(noted())
+        except (AssertionError, KeyError) as error:
+            raise ValueError(f"{latest} does not fit config.json: make it again ({reason_of(error)})") from error
 
     def arriving(self, stages: tuple[Stage, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights of stages, for who holds `placing.copying`, which others can have while this waits for bytes."""
@@ -3445,11 +3560,11 @@ def cpu_kv_cache_bytes(plan: Plan, options: dict) -> int | None:
     sized_by = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE") or any(options.get(name) is not None for name in sized_by):
         return None
-    config = json.loads((plan.root / "config.json").read_text())
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    length = config["max_position_embeddings"]
-    sequence = 2 * 4 * config["num_hidden_layers"] * heads * head * length  # K and V, in float32 at most
+    config = get_config(plan.root, bool(options.get("trust_remote_code"))).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    length = options.get("max_model_len") or getattr(config, "max_position_embeddings", 0)
+    sequence = 2 * 4 * config.num_hidden_layers * heads * head * max(0, length)  # K and V, in float32 at most
     free = cpu_memory() - sum(stage.bytes for stage in plan.stages)
     return max(0, min(max(CPU_KV_CACHE, sequence), free // 2)) // (options.get("tensor_parallel_size") or 1)
 
@@ -4379,7 +4494,7 @@ class Controller:
             if not self.draining:  # else the engine has ended before the server, which was told to end
                 logger.exception("the transition to stage %d failed", self.progress.active_stage + 1)
                 failed = 1 if isinstance(error, StageLost) else self.progress.active_stage + 1
-                self.journal.mark("error", text=f"transition failed: {error}", stage=failed)
+                self.journal.mark("error", text=f"transition failed: {reason_of(error)}", stage=failed)
                 self.update()
         self.end()
         if self.draining:
@@ -4822,11 +4937,12 @@ class ProgressMiddleware:
         """Whether stage K (?stage=K; default: the first that may answer) serves; else why not, and when it may."""
         self.controller.update()
         progress, query = self.controller.progress, urllib.parse.parse_qs(scope["query_string"].decode("latin-1"), True)
+        first = progress.first.serve if progress.first else progress.serving.min_stage
         try:
-            wanted = stage_of(query.get("stage", ["1"])[-1], "stage", progress.plan.num_stages)
+            wanted = stage_of(query.get("stage", [f"{first}"])[-1], "stage", progress.plan.num_stages)
         except Refused as refused:
             return await self.refuse(refused, scope, receive, send)
-        stage = progress.served_stage()
+        stage = progress.ready_stage()
         if stage >= wanted and not self.engine_ended.done():
             return await self.reply({"ready": True, "stage": stage}, scope, receive, send)
         content = {"ready": False, "stage": stage, "seconds": None}
@@ -4896,19 +5012,44 @@ def refuse_runner_v1() -> None:
     current_platform.check_and_update_config = check_runner
 
 
+def answer_for_headers(plan: Plan) -> None:
+    """Have vLLM find the tensors of the exact model, where it looks for them in the safetensors headers of a folder.
+
+    It looks for an lm_head beside tied embeddings, and for the dtype that a config.json does not name. A checkpoint of
+    planes holds records there, and the folder of the small files nothing.
+    """
+    from vllm.transformers_utils import config
+
+    here = {path.name: path.stat().st_size for path in plan.root.glob("*.safetensors")}
+    if plan.kind is Layers and all(here.get(file.name) == file.bytes for file in plan.files):
+        return
+    tensors = plan.kind.source_tensors(json.loads((plan.root / "progressive.json").read_text()), plan.root)
+    look_up = config.get_safetensors_params_metadata
+
+    def look_up_here(model: str | Path, **options) -> dict:
+        return tensors if Path(model) == plan.root else look_up(model, **options)
+
+    for name, module in list(sys.modules.items()):  # those that have imported it by name, too
+        if name.startswith("vllm.") and vars(module).get("get_safetensors_params_metadata") is look_up:
+            module.get_safetensors_params_metadata = look_up_here
+
+
 def engine_options(launch: Launch, options: dict) -> dict:
     """The engine arguments through which vLLM finds this file, also in the processes that it starts.
 
     options: what the user has said, for what is set only where nothing was said.
     """
     check_vllm()
-    folder = str(Path(__file__).resolve().parent)
+    folder = str(FILE.parent)
     if folder not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(STALLED_SECONDS))
     if launch.serving.compile_later and not current_platform.is_cpu():
         refuse_runner_v1()
-    register_architecture(architecture_of(launch.plan))
+    register_architecture(launch.plan.architecture)
+    answer_for_headers(launch.plan)
+    if current_platform.is_cpu() or (options.get("tensor_parallel_size") or 1) > 1:
+        check_shared_memory()
     gated, unsaid = launch.plan.absent_layers(1), {}
     if current_platform.is_cpu():
         check_cpu_memory(launch)

@@ -216,6 +216,15 @@ class PassLayer(torch.nn.Module):
         return hidden_states
 
 
+def add_side_files(folder: Path) -> list[str]:
+    """What a model may bring along beside its weights, in folders, too; among what does not belong to it. Names."""
+    names = ["additional_chat_templates/tool_use.jinja", "tokenization_x.py", "spiece.vocab", "LICENSE"]
+    for name in (*names, ".cache/notes.txt", "original/consolidated.00.pth", "pytorch_model.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    return names
+
+
 def edit_config(checkpoint: Path, **values) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, **values}))
@@ -288,6 +297,7 @@ def bucket(split_tiny, tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "tests",
         "AWS_DEFAULT_REGION": "us-east-1",
         "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",  # the stand-in has no host name per bucket
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache")),
     }
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     store = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -301,6 +311,7 @@ def bucket(split_tiny, tmp_path_factory):
             client.create_bucket(Bucket="models")
             checkpoint = Path(shutil.copytree(split_tiny, tmp_path_factory.mktemp("bucket") / "checkpoint"))
             add_adapter(checkpoint, 1, ["q_proj"])
+            add_side_files(checkpoint)
             for path in (path for path in checkpoint.rglob("*") if path.is_file()):
                 client.upload_file(str(path), "models", f"tiny/{path.relative_to(checkpoint)}")
             yield "s3://models/tiny"

@@ -312,6 +312,20 @@ def test_last_stage_is_the_source(case, count, probe, tmp_path):
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("order", [-1, pytest.param(1, marks=pytest.mark.slow)])
+def test_head_beside_tied_embeddings(order, probe, tmp_path):
+    """vLLM unties them where it finds a head in the file, which a checkpoint of planes calls otherwise."""
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    rows = range(len(tensors["model.embed_tokens.weight"]))[::order]  # another head, or the same once more
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][list(rows)]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    split(model, tmp_path / "planes")
+    found = probe("brief", checkpoint=tmp_path / "planes", source=model, dtype="bfloat16", prompts=PROMPTS[:4])
+    assert found["stage3"] == found["stock"]
+
+
+@pytest.mark.server
 @pytest.mark.slow
 def test_last_stage_is_the_source_in_a_compiled_graph(planes_tiny, probe):
     source = planes_tiny.with_name("model")

@@ -13,14 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from conftest import add_adapter, edit_config, run_script, serving_plan
+from conftest import add_adapter, add_side_files, edit_config, load_stage, run_script, serving_plan
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from servers import SERVER, age, flip_last_byte, small_disk, wait_for
 
@@ -236,6 +237,9 @@ BAD_ADAPTERS = {
     "another rank": (lambda folder: edit_adapter(folder, r=8), "shape [4, 128] instead of [8, 128]"),
     "another kind": (lambda folder: edit_adapter(folder, peft_type="LOHA"), "LOHA"),
     "dora": (lambda folder: edit_adapter(folder, use_dora=True), "use_dora"),
+    "pissa": (lambda folder: edit_adapter(folder, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
+    "an option of tomorrow": (lambda folder: edit_adapter(folder, use_tomorrow={"a": 1}), "use_tomorrow"),
+    "endless scaling": (lambda folder: edit_adapter(folder, lora_alpha=float("inf")), "lora_alpha is inf"),
     "of another base": (lambda folder: note_base(folder, {"model-stage1.safetensors": "0" * 64}), "another base"),
     "without its weights": (
         lambda folder: (folder / "adapters/stage1/adapter_model.safetensors").unlink(),
@@ -257,6 +261,58 @@ def test_bad_adapter(case, split_tiny, tmp_path):
     with pytest.raises(progressive_serve.UsageError, match="(?s)--no-adapters") as error:
         progressive_serve.start_reading(folder, start=time.monotonic())
     assert named in str(error.value)
+
+
+# Options of PEFT's LoraConfig that change what an adapter computes: a new one is to be judged here.
+NOT_PLAIN = {
+    "fan_in_fan_out", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "megatron_config",
+    "trainable_token_indices", "loftq_config", "corda_config", "lora_ga_config", "use_dora", "velora_config",
+    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+}  # fmt: skip
+
+
+def test_every_option_of_an_adapter_is_known(copied):
+    """Of the installed PEFT: those that may be anything, and those that have to be off."""
+    import progressive_serve
+
+    plan = progressive_serve.read_plan(copied)
+    add_adapter(copied, 1, ["q_proj"])
+    options = {field.name for field in fields(LoraConfig)}
+    plain = {*progressive_serve.PLAIN_LORA_OPTIONS, "init_lora_weights"}
+    assert options <= plain | NOT_PLAIN and not plain & NOT_PLAIN
+    for option in sorted(options - plain):
+        usual = json.loads((copied / "adapters/stage1/adapter_config.json").read_text())[option]
+        edit_adapter(copied, **{option: "all"})
+        with pytest.raises(progressive_serve.UsageError, match=f"uses {option},"):
+            progressive_serve.read_adapter(plan, 1)
+        edit_adapter(copied, **{option: usual})
+    assert progressive_serve.read_adapter(plan, 1)
+
+
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "orthogonal", "pissa", "olora"])
+def test_merged_adapter_is_what_peft_loads(begun, copied):
+    """W + scaling x B A, or a refusal."""
+    import progressive_serve
+
+    model = load_stage(copied, 1)
+    name, path = "model.layers.0.self_attn.q_proj.weight", copied / "adapters" / "stage1"
+    weight = model.get_parameter(name).detach().clone()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=begun, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained(path)
+    plan = progressive_serve.read_plan(copied)
+    if begun in ("pissa", "olora"):
+        with pytest.raises(progressive_serve.UsageError, match=f"init_lora_weights='{begun}'"):
+            progressive_serve.read_adapter(plan, 1)
+        return
+    adapter = progressive_serve.read_adapter(plan, 1)
+    expected = PeftModel.from_pretrained(load_stage(copied, 1), path).merge_and_unload().get_parameter(name)
+    assert not torch.equal(expected, weight)
+    torch.testing.assert_close(adapter.merge(weight, adapter.load()[name]), expected.detach())
 
 
 @pytest.mark.parametrize("case", [*BAD_ADAPTERS, "of no stage"])
@@ -343,7 +399,7 @@ def test_small_files_that_went_bad_in_the_cache_are_not_served(read, copied, tmp
     reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for_all()
     assert reading.plan.root == root
-    found = {path.name: path.read_bytes() for path in root.iterdir()}
+    found = {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
     assert found == {path.name: path.read_bytes() for path in copied.iterdir() if path.name in found}
     assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
 
@@ -463,6 +519,42 @@ def test_full_cache_costs_only_the_copy(read, room_for, copied, tmp_path):
 # ---- where a checkpoint lies: object stores --------------------------------------------------------
 
 
+def test_side_files_of_a_checkpoint_go_along(copied, tmp_path):
+    """All that is neither weights nor hidden, with its folders."""
+    import progressive_serve
+
+    names = add_side_files(copied)
+    root = progressive_serve.locate(copied, tmp_path / "cache", tmp_path / "scratch").root
+    for name in names:
+        assert (root / name).read_text() == f"{name}\n"
+    usual = {path.relative_to(copied) for path in copied.rglob("*") if path.is_file() and path.suffix != ".safetensors"}
+    left = {Path(name) for name in (".cache/notes.txt", "original/consolidated.00.pth", "pytorch_model.bin")}
+    assert {path.relative_to(root) for path in root.rglob("*") if path.is_file()} == usual - left
+
+
+def test_cache_in_the_checkpoint_is_refused(copied, tmp_path):
+    """It would be a part of what it is a copy of."""
+    import progressive_serve
+
+    with pytest.raises(progressive_serve.UsageError, match="lies in the checkpoint"):
+        progressive_serve.locate(copied, copied / "below" / "cache", tmp_path / "scratch")
+
+
+def test_side_files_of_an_object_store_lie_where_they_lay(bucket, tmp_path, monkeypatch):
+    """vLLM finds again what it has compiled for a model by the path of the model: that follows what the files hold."""
+    import progressive_serve
+
+    found = [progressive_serve.locate(bucket, None, tmp_path / str(number)).root for number in range(2)]
+    assert found[0] == found[1] and found[0].is_relative_to(os.environ["VLLM_CACHE_ROOT"])
+    assert (found[0] / "additional_chat_templates/tool_use.jinja").is_file() and not list(tmp_path.iterdir())
+    assert not list(found[0].rglob("*.bin")) and [path.parent.name for path in found[0].rglob("*.safetensors")] == [
+        "stage1"
+    ]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))  # where nothing can be written it does without
+    assert progressive_serve.locate(bucket, None, tmp_path / "scratch").root.is_relative_to(tmp_path / "scratch")
+
+
 def test_object_store_is_read_and_cached(read, bucket, split_tiny, tmp_path):
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
         reading = read(bucket, **options)
@@ -571,6 +663,28 @@ def test_progress_follows_the_journal(split_tiny, tmp_path):
         file.write(b'.0, "text": "disk on fire", "stage": 3}\n')
     assert states() and progress.error == "disk on fire"
     assert progress.last_stage() == 2  # stage 2 is not spoilt by it
+
+
+def test_stage_is_shown_as_active_when_its_weights_are_there(split_tiny, tmp_path):
+    """Its gates may be open before: requests wait then at the first layer that is missing."""
+    import progressive_serve
+
+    progress = progressive_serve.Progress(progressive_serve.read_plan(split_tiny), serving=serving_plan("journal"))
+    journal = progressive_serve.Journal(tmp_path / "journal")
+
+    def shown() -> list[str]:
+        progress.fold(journal.follow())
+        return [event["event"] for event in progress.as_dict()["timeline"]]
+
+    journal.mark("start", at=100.0)
+    journal.mark("binding", stage=1, serve=1, streamed=True, ranks=1)
+    journal.mark("active", stage=1, pause=0.1)
+    assert "active" not in shown() and progress.active_stage == 1
+    assert progress.ready_stage() == 0 and progress.seconds_until(1) >= 1
+    journal.mark("resident", stage=1)
+    journal.mark("bound", stage=1, rank=0)
+    assert shown() == ["start", "binding", "resident", "bound", "active"]
+    assert progress.ready_stage() == 1 and progress.seconds_until(1) == 0
 
 
 def test_every_follower_sees_every_event(read, split_tiny):

@@ -24,10 +24,12 @@ import hypothesis
 import pytest
 import torch
 import vllm
-from conftest import add_adapter, edit_config, engine_config, run_script
+from conftest import add_adapter, edit_config, engine_config, make_llama, run_main, run_script
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from servers import ROOT, SERVER
+
+import prune_and_split
 
 TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 
@@ -89,6 +91,29 @@ def test_bad_arguments(arguments, named, split_tiny):
     assert named.format(**values) in done.stderr.strip().splitlines()[-1]
     log_lines = re.findall(r"^.*\bINFO \d.*$", done.stdout + done.stderr, re.M)
     assert not log_lines  # the log level reaches this process too
+
+
+def test_too_little_shared_memory_is_said_at_once(split_tiny):
+    """As in a pod that mounts none. vLLM says it after the imports, in a traceback."""
+    script = f'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "{sys.executable}" "{SERVER}" "{split_tiny}"'
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=300)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "/dev/shm has 64 MiB free, and vLLM needs 241" in line
+
+
+@pytest.mark.parametrize("name", ["progressive_serve-0.1.py", pytest.param("pserve", marks=pytest.mark.slow)])
+def test_script_may_have_any_name(name, tmp_path):
+    """vLLM's processes import it by a name that it says itself."""
+    shutil.copy(SERVER, tmp_path / name)
+    program = f"""
+import importlib, runpy
+module = runpy.run_path({str(tmp_path / name)!r})["MODULE"]
+print(importlib.import_module(module).WorkerExtension.__module__ == module)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.stdout.split()[-1:] == ["True"], done.stdout + done.stderr
 
 
 # ---- gate ------------------------------------------------------------------------------------------
@@ -327,6 +352,8 @@ KV_CACHE_SIZES = {
     "half of what is free": ((6, {}), 3),
     "shared by two workers": ((6, {"tensor_parallel_size": 2}), 1.5),
     "one long sequence": ((100, {}), 16),
+    "one long sequence, of which less is wanted": ((100, {"max_model_len": 1024}), 4),
+    "of unknown length": ((100, {}), 4),
     "one long sequence does not fit": ((20, {}), 10),
     "nothing is left": ((-1, {}), 0),
     "said in bytes": ((6, {"kv_cache_memory_bytes": 1 << 30}), None),
@@ -344,7 +371,11 @@ def test_size_of_the_kv_cache_on_a_cpu(case, copied, monkeypatch):
     plan = progressive_serve.read_plan(copied)
     memory = SimpleNamespace(available_memory=int(free * 2**30) + sum(stage.bytes for stage in plan.stages))
     monkeypatch.setattr(cpu_resource_utils, "get_memory_node_info", lambda node: memory)
-    if "one long sequence" in case:  # K and V of 4 layers, 2 heads of 32 numbers, 4 bytes each
+    if case == "of unknown length":
+        config = json.loads((copied / "config.json").read_text())
+        del config["max_position_embeddings"]
+        (copied / "config.json").write_text(json.dumps(config))
+    elif "one long sequence" in case:  # K and V of 4 layers, 2 heads of 32 numbers, 4 bytes each
         edit_config(copied, max_position_embeddings=(16 << 30) // (2 * 4 * 4 * 2 * 32))
     found = progressive_serve.cpu_kv_cache_bytes(plan, options)
     assert found == (None if expected is None else int(expected * 2**30))
@@ -842,6 +873,11 @@ def test_ready_from_a_stage_on(served):
             return answer.status, content["stage"]
 
         assert await ready() == await ready("?stage=2") == (503, 0)
+        for file in server.controller.progress.plan.stages[0].files:
+            server.mark("read", file=file.name, bytes=file.bytes - 1)
+        server.mark("binding", stage=1, serve=1, streamed=True, ranks=1)
+        await until(lambda: server.controller.progress.active_stage == 1)
+        assert await ready() == (503, 0)  # who asked now would wait for bytes
         await server.reach(1)
         assert (await ready(), await ready("?stage=1"), await ready("?stage=2")) == ((200, 1), (200, 1), (503, 1))
         await server.reach(2)
@@ -1158,6 +1194,27 @@ def test_eager_on_a_cpu_unless_said(read, case, split_tiny, tmp_path, monkeypatc
     assert bool(args.additional_config) is (has_gates_in_a_graph or eager)
     assert args.gpu_memory_utilization == vllm.EngineArgs.gpu_memory_utilization
     assert int(os.environ[TIMEOUT]) >= 3600  # a step that waits for a stalled disk is no dead worker
+
+
+@pytest.mark.parametrize("options", [["--planes"], ["--layers", "1-2"]])
+def test_vllm_finds_the_tensors_of_the_exact_model(options, tmp_path):
+    """Where it looks into headers, though there are none of these weights beside config.json."""
+    from vllm.transformers_utils.config import checkpoint_has_lm_head
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    import progressive_serve
+
+    source = make_llama(tmp_path / "model", dtype=torch.float16, tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, source / "model.safetensors")
+    edit_config(source, dtype=None)
+    assert run_main(prune_and_split, source, tmp_path / "checkpoint", *options).returncode == 0
+    location = progressive_serve.locate(tmp_path / "checkpoint", tmp_path / "cache", tmp_path / "scratch")
+    progressive_serve.answer_for_headers(progressive_serve.read_plan(location.root))
+    for folder in (source, location.root):
+        config = progressive_serve.get_config(folder, False)
+        assert checkpoint_has_lm_head(str(folder))
+        assert ModelArchConfigConvertorBase.get_torch_dtype(config, str(folder), None, "hf") == torch.float16
 
 
 def test_vllm_asks_no_process_about_the_model(read, split_tiny, tmp_path, monkeypatch):
