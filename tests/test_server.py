@@ -242,6 +242,39 @@ def test_nothing_is_answered_from_the_cache_of_an_earlier_stage(split_tiny, hold
     assert cached_tokens() == 0 < cached_tokens()
 
 
+TOKENIZER_OF_ITS_OWN = """
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    def apply_chat_template(self, *args, **options):
+        return super().apply_chat_template(*args, word="OWN", **options)
+"""
+
+
+def test_templates_and_code_beside_the_weights_are_used(split_tiny, tmp_path, start):
+    """In folders, too, and from a cache: the template for tools, with a word from the tokenizer's own code."""
+    checkpoint = Path(shutil.copytree(split_tiny, tmp_path / "checkpoint"))
+    (checkpoint / "chat_template.jinja").write_text("PLAIN")
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS {{ word }}")
+    (checkpoint / "tokenization_own.py").write_text(TOKENIZER_OF_ITS_OWN)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    config |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    env = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    server = start(age(checkpoint), "--cache-dir", tmp_path / "cache", "--trust-remote-code", alone=True, env=env)
+    server.wait_until_ready()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    chat = {"messages": [{"role": "user", "content": "?"}], "tools": [tool], "tool_choice": "none", "max_tokens": 1}
+    answer = requests.post(f"{server.url}/v1/chat/completions", json={**chat, "return_token_ids": True}, timeout=300)
+    tokens = {"tokens": answer.json()["prompt_token_ids"]}
+    assert requests.post(f"{server.url}/detokenize", json=tokens, timeout=300).json()["prompt"] == "TOOLS OWN"
+
+
 # ---- compiled behind the tokens ----------------------------------------------------------------------
 
 
