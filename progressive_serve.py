@@ -1988,7 +1988,8 @@ class Launch:
         """A reader that fails or dies without a word (killed, disk error) must be heard of: everybody waits for it."""
         _, stderr = self.reader.communicate()
         progress = self.progress()
-        if self.closing or self.reader.returncode == 0 or progress.available_stage() == self.serving.hold_stage:
+        is_done = progress.available_stage() == self.serving.hold_stage
+        if self.closing or self.reader.returncode == 0 or (is_done and not progress.error):
             return
         if not progress.error:
             reason = (stderr.decode(errors="replace").strip().splitlines() or ["killed"])[-1]

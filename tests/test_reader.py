@@ -42,6 +42,11 @@ def truncate(path: Path) -> None:
 
 BAD_CHECKPOINTS = {
     "no manifest": (lambda folder: (folder / "progressive.json").unlink(), "progressive.json"),
+    "quantised": (lambda folder: edit_config(folder, quantization_config={"quant_method": "awq"}), "awq"),
+    "quantised, as ModelOpt says it": (
+        lambda folder: (folder / "hf_quant_config.json").touch(),
+        "hf_quant_config.json",
+    ),
     "manifest is not JSON": (lambda folder: (folder / "progressive.json").write_text("{"), "malformed"),
     "another version": (lambda folder: edit_manifest(folder, lambda m: m.update(format_version=9)), "9"),
     "path outside": (
@@ -1247,18 +1252,22 @@ def test_reader_that_is_killed_is_heard_of(read, split_tiny, number):
         waiting.wait_resident(1)
 
 
-def test_reader_that_dies_when_all_is_resident_is_not_missed(read, split_tiny):
-    """Every byte has been verified by then."""
+@pytest.mark.parametrize("error", [None, "a header that does not fit"])
+def test_reader_that_dies_when_all_is_resident(error, read, split_tiny):
+    """It is not missed, since every byte has been verified by then; what it said is heard, as small files are quick."""
     reading = read(split_tiny)
     reading.wait_for_all()
     launch = reading.launch
     launch.reader.wait(300)
+    if error:
+        launch.journal.mark("error", text=error, stage=1)
     failures = []
     launch.on_failure = failures.append
     reader, launch.reader = launch.reader, SimpleNamespace(communicate=lambda: (b"", b"Killed"), returncode=-9)
     launch.watch_reader()
     launch.reader = reader
-    assert failures == [] and "error" not in [event["event"] for event in launch.progress().timeline]
+    assert failures == ([error] if error else [])
+    assert launch.progress().error == error
 
 
 def test_closing_gives_the_memory_back(read, split_tiny):

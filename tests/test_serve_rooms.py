@@ -286,6 +286,20 @@ def test_every_part_of_the_first_forward_pass_waits_for_its_weights(split_tiny):
     assert waited == ["embedding", 0, 3, "checksums"]  # layers 1 and 2 come with later stages
 
 
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("model.x")])
+def test_weight_that_does_not_fit_is_named(error):
+    """vLLM's loaders assert a shape, and look up a name, without a word."""
+    import progressive_serve
+
+    def load_weights(weights) -> None:
+        next(weights)
+        raise error
+
+    binding = SimpleNamespace(model=SimpleNamespace(load_weights=load_weights))
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight \[3, 2\] does not fit config.json.*Error"):
+        progressive_serve.Binding.load(binding, iter([("model.embed_tokens.weight", torch.zeros(3, 2))]))
+
+
 def test_worker_that_cannot_begin_wakes_who_waits(tmp_path):
     """Trouble before the first byte, and a journal that cannot be written: still nobody waits for ever."""
 
