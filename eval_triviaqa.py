@@ -112,6 +112,7 @@ SETTINGS = (
     *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
 )
 SERVER = Path(__file__).resolve().parent / "progressive_serve.py"
+FORMAT_VERSIONS = (1, 2)  # of progressive.json: layers, planes
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/validation.json")
 SQUAD_VERSIONS, TRIVIAQA_VERSIONS = ("1.1", "v1.1"), ("1.0", "1")
@@ -729,6 +730,8 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
     try:
         content = manifest.read_bytes()
         plan = json.loads(content)
+        if plan["format_version"] not in FORMAT_VERSIONS:
+            raise ValueError(f"its format_version is {plan['format_version']!r}, known are {FORMAT_VERSIONS}")
         stages = [(stage["kind"], stage["bytes"]) for stage in plan["stages"]]
         of_source = [file["bytes"] for file in plan["source"]["files"].values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

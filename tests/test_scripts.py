@@ -29,6 +29,7 @@ COPIED = (
     "masked_words",
     "provenance",
     "positive_int",
+    "api_key",
     "free_port",
     "check_writable",
     "cached_bytes",
