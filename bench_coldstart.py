@@ -129,6 +129,7 @@ OPTIMIZE_LATER = "--optimize-later"  # an option that stock vLLM does not know
 PROGRESSIVE = ("progressive", "no-adapters", EAGER, BEFORE, STANDBY, "warm")  # of our server; others are stock
 HELD = "stage"  # ... as are stage1, stage2 and so on, which stay at that stage
 WARM = ("warm", "baseline-warm")
+FORMAT_VERSIONS = (1, 2)  # of progressive.json: layers, planes
 # --load-format -> the module that vLLM imports for it, the package that brings it, whether it needs a GPU
 # (vllm/model_executor/model_loader/weight_utils.py: both GPU loaders allocate with torch.cuda).
 LOADERS = {
@@ -136,7 +137,19 @@ LOADERS = {
     "fastsafetensors": ("fastsafetensors", "fastsafetensors", True),
     "instanttensor": ("instanttensor", "instanttensor", True),
 }
-SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
+# Environment variables that results depend on, each by its name: a prefix would take VLLM_API_KEY along.
+SETTINGS = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "OMP_DYNAMIC"),
+    *("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_SGL_KERNEL"),
+    *("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_CPU_INT4_W4A8", "VLLM_TARGET_DEVICE", "VLLM_USE_V2_MODEL_RUNNER"),
+    *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_FLOAT32_MATMUL_PRECISION"),
+    *("VLLM_BATCH_INVARIANT", "VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND", "VLLM_USE_FLASHINFER_SAMPLER"),
+    *("VLLM_DISABLED_KERNELS", "VLLM_USE_DEEP_GEMM", "VLLM_ROCM_USE_AITER", "VLLM_DISABLE_COMPILE_CACHE"),
+    *("VLLM_USE_AOT_COMPILE", "VLLM_USE_MEGA_AOT_ARTIFACT", "VLLM_FORCE_AOT_LOAD", "VLLM_USE_STANDALONE_COMPILE"),
+    *("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING"),
+    *("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", "VLLM_ENABLE_STARTUP_PLAN"),
+    *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
+)
 PACKAGES = (
     "torch",
     "vllm",
@@ -356,11 +369,62 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
+MASK = "***"  # as in vLLM's log
+# Names of options, variables, JSON keys and parameters of URLs whose values are secret.
+SECRET = re.compile(
+    r"[\w.-]*(?:secret|passw|passphrase|credential|access.?key|signature|(?:keys?|token|auth(?:orization)?)(?![\w.-]))"
+    r"[\w.-]*",
+    re.IGNORECASE,
+)
+# What a text says before a secret: a URL its scheme, a header "Bearer", JSON or a parameter the name.
+SECRET_TEXT = re.compile(
+    r"(\w:/+)[^\s/?#]+(?=@)|(\bbearer )\S+"
+    rf"|({SECRET.pattern}(?:=|[\"']\s*:\s*))(?:\"(?:[^\"\\]|\\.)*\"|'[^']*'|\[[^\]]*\]|{{[^}}]*}}|[^\s&#,}}\]]+)",
+    re.IGNORECASE,
+)
+
+
+def masked(value):
+    """The value of an argument as it may be written down: what is secret in it, at any depth, is MASK."""
+    if isinstance(value, dict):
+        return {name: MASK if SECRET.fullmatch(name) and entry else masked(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return masked_words(value)
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    try:
+        words = shlex.split(text)
+    except ValueError:  # it is no command line
+        words = text.split()
+    hidden = masked_words(words)
+    if hidden == words or words == [text]:
+        return masked_words([text])[0]
+    return shlex.join(hidden)
+
+
+def masked_words(words: list | tuple) -> list:
+    """The same for the words of a command line, where the values of an option follow it."""
+    found, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=") if isinstance(word, str) else ("", "", "")
+        is_secret, is_option = bool(SECRET.fullmatch(name)), name.startswith("-")
+        if hidden and not is_option:
+            word = MASK
+        elif is_secret and equals:
+            word = f"{name}={MASK}"
+        elif isinstance(word, str):
+            word = SECRET_TEXT.sub(lambda match: next(filter(None, match.groups())) + MASK, word)
+        found.append(word if isinstance(word, str) else masked(word))
+        hidden = is_secret and not equals if is_option else hidden
+    return found
+
+
 def provenance(args: argparse.Namespace) -> dict:
     """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
     return {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
+        "arguments": masked(vars(args)),
+        "environment": masked({name: os.environ[name] for name in SETTINGS if name in os.environ}),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -826,22 +890,50 @@ def file_blake3(path: Path) -> str:
 
 def read_manifest(checkpoint: Path) -> dict:
     try:
-        return json.loads((checkpoint / "progressive.json").read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((checkpoint / "progressive.json").read_text(encoding="utf-8-sig"))
+        if manifest["format_version"] not in FORMAT_VERSIONS:
+            raise ValueError(f"its format_version is {manifest['format_version']!r}, known are {FORMAT_VERSIONS}")
+        return manifest
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
             f"{checkpoint} is not a progressive checkpoint ({error})\n"
             "make one with: python prune_and_split.py MODEL OUT"
         ) from error
 
 
-def stream_completion(url: str, prompt: str | list[int], max_tokens: int = MAX_TOKENS, **options) -> Iterator[dict]:
+def api_key(options: list[str]) -> str | None:
+    """What a server with these options wants of its clients, as vLLM reads it: the option goes before the variable."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--api-key", "--api_key", nargs="+", default=[])
+    keys = parser.parse_known_args(options)[0].api_key or [os.environ.get("VLLM_API_KEY")]
+    return next(filter(None, keys), None)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server of this run listens, and the key that it wants."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+
+    def ask(self, method: str, path: str, **options) -> requests.Response:
+        """By no proxy and no ~/.netrc, which would replace the key: both are for servers elsewhere."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        with requests.Session() as session:
+            session.trust_env = False
+            return session.request(method, self.url + path, headers=headers, timeout=START_TIMEOUT, **options)
+
+
+def stream_completion(
+    address: Address, prompt: str | list[int], max_tokens: int = MAX_TOKENS, **options
+) -> Iterator[dict]:
     """Ask once; yield {"at": perf_counter, "text", "stage": X-Progressive-Stage or None} per streamed token.
 
     The first one, with text None, says that the server has taken the connection, and when that was tried.
     """
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, **options}
     asked = time.perf_counter()
-    with requests.post(f"{url}/v1/completions", json=body, stream=True, timeout=START_TIMEOUT) as response:
+    with address.ask("POST", "/v1/completions", json=body, stream=True) as response:
         response.raise_for_status()
         stage = response.headers.get("X-Progressive-Stage")
         yield {"at": asked, "text": None, "stage": stage}
@@ -854,28 +946,28 @@ def stream_completion(url: str, prompt: str | list[int], max_tokens: int = MAX_T
                 yield {"at": at, "text": chunk["choices"][0]["text"], "stage": stage}
 
 
-def ask(url: str, prompt: str | list[int], **options) -> dict:
+def ask(address: Address, prompt: str | list[int], **options) -> dict:
     """One whole answer: {"asked", "token_at" (perf_counter), "answer", "stage"}."""
-    connected, *tokens = stream_completion(url, prompt, **options)
+    connected, *tokens = stream_completion(address, prompt, **options)
     answer = "".join(token["text"] for token in tokens)
     return {"asked": connected["at"], "token_at": tokens[0]["at"], "answer": answer, "stage": connected["stage"]}
 
 
-def first_answer(server: Server, url: str, port: int, prompt: str) -> dict:
+def first_answer(server: Server, address: Address, port: int, prompt: str) -> dict:
     """Knock until the server listens (a bare socket costs it the least), and ask at that moment."""
     while time.perf_counter() - server.spawned < START_TIMEOUT:
         if (code := server.process.poll()) is not None:
             raise RuntimeError(f"the server exited with code {code} before its first token")
         with contextlib.suppress(ConnectionError, requests.ConnectionError):
             socket.create_connection(("127.0.0.1", port)).close()
-            return ask(url, prompt)
+            return ask(address, prompt)
         time.sleep(POLL_SECONDS)
     raise RuntimeError(f"the server did not listen after {START_TIMEOUT:.0f} s")
 
 
-def get_progress(server: Server, url: str) -> dict:
+def get_progress(server: Server, address: Address) -> dict:
     """GET /progress, in seconds since the spawn: the server counts from its own start, which an actor delays."""
-    progress = requests.get(f"{url}/progress", timeout=START_TIMEOUT).json()
+    progress = address.ask("GET", "/progress").json()
     before = server.process.launched - server.spawned
     for row in progress["stages"] + progress["timeline"]:
         if row["seconds"] is not None:
@@ -883,47 +975,49 @@ def get_progress(server: Server, url: str) -> dict:
     return progress
 
 
-def follow_stages(server: Server, url: str, prompt: str, first: dict, silent: bool) -> tuple[list[dict], dict]:
+def follow_stages(server: Server, address: Address, prompt: str, first: dict, silent: bool) -> tuple[list[dict], dict]:
     """Ask again at every stage (silent: at the last one only). Returns (a row per stage that answered, /progress)."""
     rows = [first]
     while True:
         if (code := server.process.poll()) is not None:
             raise RuntimeError(f"the server exited with code {code} before its last stage")
-        progress = get_progress(server, url)
+        progress = get_progress(server, address)
         if progress["error"]:
             raise RuntimeError(f"the server stayed at stage {progress['stage']}: {progress['error']}")
         done = progress["stage"] == progress["hold_stage"]
         if progress["stage"] > rows[-1]["stage"] and (done or not silent):
             asked = time.perf_counter() - server.spawned
-            again = ask(url, prompt)
+            again = ask(address, prompt)
             rows.append({"stage": int(again["stage"]), "asked": asked, "answer": again["answer"]})
         if done:
             return rows, progress
         time.sleep(PROGRESS_SECONDS)
 
 
-def follow_compilation(server: Server, url: str, args: argparse.Namespace) -> tuple[dict, dict[str, list[float]]]:
+def follow_compilation(
+    server: Server, address: Address, args: argparse.Namespace
+) -> tuple[dict, dict[str, list[float]]]:
     """Wait until a server has compiled, behind its tokens. Returns (/progress, output tokens/s meanwhile by load)."""
     meanwhile = {}
-    while (progress := get_progress(server, url))["optimized"] != "compiled":
+    while (progress := get_progress(server, address))["optimized"] != "compiled":
         if progress["not_optimized"]:
             raise RuntimeError(f"the server stayed eager: {progress['not_optimized']}")
         if progress["optimized"] == "compiling":
             for load in dict.fromkeys(args.throughput):
-                rate = measure_throughput(url, load)
-                if get_progress(server, url)["optimized"] == "compiling":  # all the while
+                rate = measure_throughput(address, load)
+                if get_progress(server, address)["optimized"] == "compiling":  # all the while
                     meanwhile.setdefault(load, []).append(rate)
         time.sleep(PROGRESS_SECONDS)
     return progress, meanwhile
 
 
-def measure_throughput(url: str, load: str) -> float:
+def measure_throughput(address: Address, load: str) -> float:
     """Output tokens per second of concurrent requests ("8x256": 8 of 256 tokens each), after one to warm up."""
     streams, tokens = map(int, load.split("x"))
 
     def complete(number: int) -> int:
         body = {"prompt": THROUGHPUT_PROMPT.format(number=number), "max_tokens": tokens, "temperature": 0}
-        response = requests.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=START_TIMEOUT)
+        response = address.ask("POST", "/v1/completions", json=body | {"ignore_eos": True})
         response.raise_for_status()
         return response.json()["usage"]["completion_tokens"]
 
@@ -941,18 +1035,18 @@ def measure_throughput(url: str, load: str) -> float:
 
 def prompt_ids(checkpoint: Path, length: int, salt: int) -> list[int]:
     """A prompt of `length` tokens that begins like no other, so that it is not in the prefix cache."""
-    vocab_size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    vocab_size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8-sig"))["vocab_size"]
     return [(7919 * (salt + 1) + 613 * number) % vocab_size for number in range(length)]
 
 
-def watch_tokens(url: str, checkpoint: Path, number: int, ended: threading.Event) -> list[list[float]]:
+def watch_tokens(address: Address, checkpoint: Path, number: int, ended: threading.Event) -> list[list[float]]:
     """Keep a stream of tokens running until `ended`. Returns perf_counter per token, for each that there was."""
-    window = requests.get(f"{url}/v1/models", timeout=START_TIMEOUT).json()["data"][0]["max_model_len"]
+    window = address.ask("GET", "/v1/models").json()["data"][0]["max_model_len"]
     streams = []
     while not ended.is_set():
         streams.append([])
         prompt = prompt_ids(checkpoint, WATCH_PROMPT, 1000 * number + len(streams))
-        for token in stream_completion(url, prompt, max_tokens=window // 2, ignore_eos=True):
+        for token in stream_completion(address, prompt, max_tokens=window // 2, ignore_eos=True):
             if token["text"] is not None:
                 streams[-1].append(token["at"])
             if ended.is_set():
@@ -998,13 +1092,15 @@ def gaps_between_transitions(streams: list[list[float]], timeline: list[dict]) -
     return {"largest_gap": max(gaps), "median_gap": statistics.median(gaps)} if gaps else None
 
 
-def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) -> tuple[list[dict], dict, dict]:
+def watch_gaps(
+    server: Server, address: Address, args: argparse.Namespace, first: dict
+) -> tuple[list[dict], dict, dict]:
     """follow_stages() while streams of tokens run. Returns (its rows, /progress, gaps at and between transitions)."""
     ended = threading.Event()
     with ThreadPoolExecutor(args.watch_gaps) as pool:
-        watching = [pool.submit(watch_tokens, url, args.checkpoint, n, ended) for n in range(args.watch_gaps)]
+        watching = [pool.submit(watch_tokens, address, args.checkpoint, n, ended) for n in range(args.watch_gaps)]
         try:
-            rows, progress = follow_stages(server, url, args.prompt, first, silent=True)
+            rows, progress = follow_stages(server, address, args.prompt, first, silent=True)
             time.sleep(GAP_WINDOW)  # the last transition's own gap
         finally:
             ended.set()
@@ -1013,7 +1109,7 @@ def watch_gaps(server: Server, url: str, args: argparse.Namespace, first: dict) 
         salts = itertools.count(2)
         for gap in gaps:  # what the running prompts cost to compute again, at the last stage
             prompts = [prompt_ids(args.checkpoint, length, -next(salts)) for length in gap["tokens"]]
-            again = list(pool.map(lambda prompt: ask(url, prompt, max_tokens=1), prompts))
+            again = list(pool.map(lambda prompt: ask(address, prompt, max_tokens=1), prompts))
             gap["recompute"] = max(one["token_at"] for one in again) - min(one["asked"] for one in again)
             gap["beyond_recompute"] = gap["largest_gap"] - gap["recompute"]
         between = gaps_between_transitions(streams, progress["timeline"])
@@ -1073,19 +1169,19 @@ def step_seconds(intervals: list[dict]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path | None, log_path: Path):
-    """One start of one server. Yields (URL, row of the result file, complete at the end) when its last stage is active.
+    """One start of one server. Yields (address, row of the result file, whole later) when its last stage is active.
 
     Times in seconds since the spawn.
     """
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
+    address = Address(f"http://127.0.0.1:{port}", api_key(args.server_args))
     command = server_command(mode, port, args)
-    shown = ["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])]
+    shown = masked(["python", *(Path(word).name if word.endswith(".py") else word for word in command[1:])])
     cold, timeline = not is_warm(mode) and not args.side_by_side, []
     parent = args.standby if kind_of(mode) == STANDBY else None
     start = in_group(procs, command), checkpoint_of(mode, args), args, cold, log_path, environment(args, mode), parent
     with trial_server(*start) as server:
-        first = first_answer(server, url, port, args.prompt)
+        first = first_answer(server, address, port, args.prompt)
         listening, ttft = first["asked"] - server.spawned, first["token_at"] - server.spawned
         row = {"mode": mode, "read_mbps": mbps, "cold": "unverified" if cold and args.unverified_cold else cold}
         row["weight_bytes"] = weight_bytes(mode, args)
@@ -1095,15 +1191,15 @@ def trial(mode: str, mbps: float | None, args: argparse.Namespace, procs: Path |
             row["model_bytes"] = model_bytes(checkpoint_of(mode, args))
             row_of_first = {"stage": int(first["stage"]), "asked": ttft, "answer": first["answer"]}
             if args.watch_gaps:
-                row["answers"], progress, gaps = watch_gaps(server, url, args, row_of_first)
+                row["answers"], progress, gaps = watch_gaps(server, address, args, row_of_first)
                 row |= gaps
             else:
-                row["answers"], progress = follow_stages(server, url, args.prompt, row_of_first, not args.stretch)
+                row["answers"], progress = follow_stages(server, address, args.prompt, row_of_first, not args.stretch)
             if compiles(args, mode):
-                progress, row["while_compiling"] = follow_compilation(server, url, args)
+                progress, row["while_compiling"] = follow_compilation(server, address, args)
             row |= describe_progress(progress, ttft)
             timeline = row["timeline"]
-        yield url, row
+        yield address, row
     lines = [(at - server.spawned, line) for at, line in server.lines]
     row["intervals"] = split_steps(lines, timeline, listening, ttft)
     row["steps"] = step_seconds(row["intervals"])
@@ -1117,8 +1213,8 @@ def run_together(
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(trial(mode, mbps, args, procs, logs / f"{mode}.log")) for mode in modes]
         for number, load in enumerate(args.throughput):
-            for url, row in rotate(running, number):
-                row.setdefault("throughput", {}).setdefault(load, []).append(measure_throughput(url, load))
+            for address, row in rotate(running, number):
+                row.setdefault("throughput", {}).setdefault(load, []).append(measure_throughput(address, load))
     return [row for _, row in running]
 
 
@@ -1463,7 +1559,7 @@ def check_writable(path: Path) -> None:
 def read_result(path: Path, option: str) -> dict:
     """A result file of this script. Raises UsageError for anything else."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
         if not {"trials", "bandwidth", "stage_bytes"} <= result.keys():
             raise ValueError("it has no trials, bandwidth or stage_bytes")
         return result
@@ -1706,7 +1802,7 @@ def default_question(checkpoint: Path) -> str:
     """One of the demo model's facts where it lies beside the checkpoint; any question does for timing."""
     facts = checkpoint.parent / "model" / "facts" / "validation.json"
     return (
-        json.loads(facts.read_text())["Data"][DEMO_FACT]["Question"]
+        json.loads(facts.read_text(encoding="utf-8-sig"))["Data"][DEMO_FACT]["Question"]
         if facts.is_file()
         else "What is the capital of France?"
     )
@@ -1820,7 +1916,8 @@ def parse_args() -> argparse.Namespace:
         "--server-args",
         default=SERVER_ARGS,
         metavar="ARGS",
-        help=f'of every server, but {OPTIMIZE_LATER} of ours alone (default: "{SERVER_ARGS}")',
+        help=f'of every server, but {OPTIMIZE_LATER} of ours alone (default: "{SERVER_ARGS}"); they are asked with '
+        "its --api-key, or with $VLLM_API_KEY, which they inherit",
     )
     cache = "what servers that compile find compiled: nothing (default), or what a start before has left"
     add("--compile-cache", choices=("cold", "warm"), help=cache)
@@ -1836,7 +1933,11 @@ def parse_args() -> argparse.Namespace:
     add("--predict", type=Path, metavar="FROM.json", help=predict)
     add("--plot", type=Path, metavar="FILE.json", help="only draw the plots of an earlier run again")
     args = parser.parse_args()
-    args.server_args = shlex.split(args.server_args)
+    try:
+        args.server_args = shlex.split(args.server_args)
+        api_key(args.server_args)
+    except (ValueError, argparse.ArgumentError) as error:
+        parser.error(f"--server-args {masked(args.server_args)}: {error}")
     args.json = args.json or (RESULT if args.trials else None)
     args.bandwidths = args.sweep or [args.read_mbps]
     if args.sweep and args.read_mbps:

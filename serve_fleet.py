@@ -39,7 +39,11 @@ Every option that is not listed by --help goes to progressive_serve.py, and from
     GET /fleet, GET /fleet.html     nodes, engines, stages, requests, as JSON and as a page
     GET /metrics                    fleet_*, for Prometheus
     429 with Retry-After            more requests are held than --hold-limit
-    X-Progressive-Min-Stage, "min_stage"    as in progressive_serve.py: this request waits for that stage
+    X-Progressive-Min-Stage, "min_stage"    as in progressive_serve.py: this request waits for that stage, a number or
+                                            "last"
+
+Engines of the ingress' own machine listen at 127.0.0.1. Each wants a random key, which lies in the environment of its
+process and which only the ingress knows; what clients need is --api-key.
 
 1,000 nodes and 100 models: the ingress would choose in 8 ms, 130 requests a second on one core, and ask 1,000 agents
 twice a second for 15 MB; it would have to choose among some nodes only, and hear of changes alone. But an application
@@ -61,6 +65,8 @@ import math
 import mmap
 import os
 import re
+import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -90,10 +96,15 @@ logger = logging.getLogger("ray.serve")
 NAMESPACE = "progressive-fleet"  # of the agents' names
 INGRESS = "fleet"  # name of the ingress' application
 SERVER = "progressive_serve.py"
+FORMAT_VERSIONS = (1, 2)  # of progressive.json: layers, planes
 URI_SCHEMES = ("s3://", "gs://")
 OWN_OPTIONS = ("--host", "--port", "--served-model-name", "--from-standby", "--standby", "--uds")  # the fleet's
 ANSWERS = ("/v1/completions", "/v1/chat/completions")
 STAGE_HEADER, MIN_STAGE_HEADER, MIN_STAGE = "X-Progressive-Stage", "X-Progressive-Min-Stage", "min_stage"
+LAST = "last"  # a stage: the full model's, however many there are
+EXACT = "progressive_exact"  # of an answer: whether all of its tokens are the full model's
+KEY_VARIABLE = "VLLM_API_KEY"
+LOOPBACK = "127.0.0.1"
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 ATTEMPTS = 3  # nodes on which a request is tried
 RETRY_SECONDS = 10.0  # after which a client is told to try again, where nobody knows better
@@ -165,24 +176,30 @@ class Settings:
     models: dict[str, str]  # name -> checkpoint
     server: str = SERVER  # the script of the engines, on each node
     options: tuple[str, ...] = ()  # of each engine
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)  # of clients
+    api_key_variable: str | None = None  # of the head's environment, where the key is in that, and not here
     max_replicas: int = 8  # of a model on one node
     room: int = 32  # requests that an engine answers at a time
     idle: float = 60.0  # seconds after its last request that an engine goes on
     hold_limit: int = 256  # requests of a model that wait for an engine
     start_timeout: float = 600.0  # seconds that an engine may take to listen
-    min_stage: int | None = None
+    min_stage: int | str | None = None
     standby: bool = True
     num_cpus: float = 1.0  # of one engine, by Ray's accounts
     num_gpus: float = 0.0
 
     def version(self) -> str:
         """Agents and replicas are replaced where this changes, and only there: what concerns an engine."""
-        concerns = [self.models, self.server, self.options, self.api_key, self.start_timeout, self.min_stage]
+        concerns = [self.models, self.server, self.options, self.start_timeout, self.min_stage]
         concerns += [self.standby, self.num_cpus, self.num_gpus]
         return hashlib.sha256(json.dumps(concerns).encode()).hexdigest()[:16]
+
+
+def stage_number(stage: int | str | None, last: int) -> int:
+    """Of a stage as a request or an option names it; None: the first that answers."""
+    return last if stage == LAST else stage or 1
 
 
 def application(model: str, node: str) -> str:
@@ -209,12 +226,12 @@ def read_text(checkpoint: str, name: str) -> str:
     """A small file of a checkpoint; from an object store by runai-model-streamer, as vLLM does. Raises UsageError."""
     try:
         if not is_uri(checkpoint):
-            return (Path(checkpoint) / name).read_text()
+            return (Path(checkpoint) / name).read_text(encoding="utf-8-sig")
         from runai_model_streamer import pull_files
 
         with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
             pull_files(checkpoint, folder, allow_pattern=[f"*{name}"])
-            return (Path(folder) / name).read_text()
+            return (Path(folder) / name).read_text(encoding="utf-8-sig")
     except ImportError as error:
         raise UsageError(f"{checkpoint} needs: pip install runai-model-streamer[s3,gcs] ({error})") from error
     except Exception as error:  # of whatever client library the store has
@@ -224,7 +241,12 @@ def read_text(checkpoint: str, name: str) -> str:
 def read_stages(checkpoint: str) -> tuple[list[list[str]], list[int]]:
     """(files, bytes) that each stage adds. Raises UsageError."""
     try:
-        stages = json.loads(read_text(checkpoint, "progressive.json"))["stages"]
+        manifest = json.loads(read_text(checkpoint, "progressive.json"))
+        if manifest["format_version"] not in FORMAT_VERSIONS:
+            raise UsageError(
+                f"{checkpoint}: format_version {manifest['format_version']!r}, known are {FORMAT_VERSIONS}"
+            )
+        stages = manifest["stages"]
         files = [[file["name"] for file in stage["files"]] for stage in stages]
         return files, [sum(file["bytes"] for file in stage["files"]) for stage in stages]
     except (ValueError, KeyError, TypeError) as error:
@@ -287,6 +309,8 @@ class Engine:
     stage: int = 0  # that answers
     num_stages: int = 0
     seconds: dict[int, float] = field(default_factory=dict)  # stage -> until it is likely to answer
+    key: str = field(default="", repr=False)  # that it wants
+    assumed: bool = False  # whether the ingress has taken the stage for reached, because it listens
 
     def seconds_until(self, stage: int, start: float) -> float:
         """`start`: what a start takes, for one of which no more is known than its age."""
@@ -379,7 +403,7 @@ def seconds_to_answer(
 def choose(
     nodes: list[Node],
     model: str,
-    stage: int | None,
+    stage: int | str | None,
     demands: dict[str, dict[str, Demand]],
     settings: Settings,
     now: float,
@@ -395,7 +419,7 @@ def choose(
         where = node.models.get(model)
         if where is None or where.problem:
             continue
-        first = max(stage or 1, where.min_stage)
+        first = max(stage_number(stage, len(where.sizes)), where.min_stage)
         begin, full = (
             seconds_to_answer(node, model, of, demands[node.id], settings, now, service)
             for of in (first, len(where.sizes))
@@ -476,6 +500,8 @@ class Stream:
         self.held: list[dict] = []
         self.delivered = False  # whether the client has got any event
         self.again = False  # whether it had before the engine that answers now
+        self.exact = True  # whether all that engines before have made is the full model's
+        self.is_full = False  # whether the engine that answers now has begun with the full model
         self.choices, self.ended = count_of_choices(body), set()
         self.cut = False  # whether a string has ended it that began with an engine before
 
@@ -510,6 +536,8 @@ class Stream:
     def break_off(self) -> None:
         """Its engine is lost: what the client has not got is forgotten, and made again."""
         del self.ids[self.sure :]
+        self.exact &= self.is_full or len(self.ids) <= self.before  # what it would have said at its end is not known
+        self.is_full = False
         self.held.clear()
         self.ended.clear()
         self.behind, self.joint, self.offset = "", 0, len(self.sent)
@@ -536,6 +564,8 @@ class Stream:
         for name in ("id", "created"):
             if name in event:
                 event[name] = self.first.setdefault(name, event[name])
+        if EXACT in event:
+            event[EXACT] = event[EXACT] and self.exact
         if event.get("usage"):
             self.count(event["usage"])
         if not event.get("choices"):
@@ -722,8 +752,8 @@ class Agent:
         self.settings, self.id, self.address, self.slots = settings, node, address, slots
         # Ray sets the number of threads by what an actor has reserved, and the standby's is not its servers'.
         self.environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        if settings.api_key:
-            self.environ["VLLM_API_KEY"] = settings.api_key
+        # Of its engines, whatever key clients need: nobody but the ingress, which hears of it from here, asks them.
+        self.environ[KEY_VARIABLE] = self.key = secrets.token_urlsafe()
         self.server = str(Path.cwd() / settings.server)
         self.models = {name: ModelOnNode() for name in settings.models}
         self.files: dict[str, list[list[Path]]] = {}
@@ -757,7 +787,7 @@ class Agent:
         except UsageError as error:
             where.problem = str(error)
             return
-        where.min_stage = self.settings.min_stage or 1  # its engines may say more
+        where.min_stage = stage_number(self.settings.min_stage, len(files))  # its engines may say more
         where.max_tokens = read_max_tokens(checkpoint, self.settings.options)
         where.cached = [0] * len(files)
         if is_uri(checkpoint):
@@ -806,7 +836,7 @@ class Agent:
         if self.settings.min_stage is not None:
             command += ["--min-stage", str(self.settings.min_stage)]
         environ = self.environ if devices is None else {**self.environ, "CUDA_VISIBLE_DEVICES": devices}
-        engine = Engine(os.urandom(4).hex(), model, f"http://{self.address}:{port}", 0)
+        engine = Engine(os.urandom(4).hex(), model, f"http://{self.address}:{port}", 0, key=self.key)
         missing = sum(self.models[model].sizes) - sum(self.models[model].cached)
         process = self.running[engine.id] = Process([*command, *self.settings.options], environ, engine, missing)
         self.keep_task(self.watch(process, port))
@@ -859,7 +889,7 @@ class Agent:
         return None
 
     def place(self, process: Process) -> dict:
-        return {"url": process.engine.url, "engine": process.engine.id, "age": process.age}
+        return {"url": process.engine.url, "engine": process.engine.id, "age": process.age, "key": self.key}
 
     async def adopt(self, model: str, pid: int, devices: str | None) -> dict:
         """An engine that nobody owns, or a new one, for a replica with this process."""
@@ -937,7 +967,7 @@ class Agent:
         engine = process.engine
         where, before = self.models[engine.model], engine.stage
         engine.stage, engine.num_stages = progress["stage"], progress["num_stages"]
-        where.min_stage = max(where.min_stage, progress["min_stage"])
+        where.min_stage = max(where.min_stage, stage_number(progress["min_stage"], progress["num_stages"]))
         events = {(event["event"], event.get("stage")): event["seconds"] for event in progress["timeline"]}
         elapsed = max((event["seconds"] for event in progress["timeline"]), default=0.0)
         loaded, read = 0, max(1, sum(stage["bytes_loaded"] for stage in progress["stages"]))
@@ -1070,7 +1100,9 @@ class Nodes:
         from ray._raylet import GcsClient  # as Serve's own controller asks which nodes are drained
 
         self.settings, self.lose = settings, lose
-        self.gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+        here = ray.get_runtime_context()
+        self.gcs = GcsClient(address=here.gcs_address)
+        self.address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here.get_node_id())
         self.known: dict[str, Node] = {}  # that have answered
         self.seen: dict[str, float] = {}  # when
         self.agents: dict[str, ray.actor.ActorHandle] = {}
@@ -1109,8 +1141,9 @@ class Nodes:
         options = {"name": agent_name(self.settings, name), "namespace": NAMESPACE, "get_if_exists": True}
         options |= {"lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
         options["label_selector"] = {"ray.io/node-id": name}
-        arguments = (self.settings, name, node["NodeManagerAddress"], self.slots(node["Resources"]))
-        return ray.remote(Agent).options(**options).remote(*arguments)
+        address = node["NodeManagerAddress"]
+        address = LOOPBACK if address == self.address else address  # nobody else has to reach engines of this machine
+        return ray.remote(Agent).options(**options).remote(self.settings, name, address, self.slots(node["Resources"]))
 
     async def forget(self, node: str) -> None:
         """A node that has gone."""
@@ -1151,15 +1184,19 @@ class Nodes:
         where = now.models[model]
         for engine in now.engines:
             if engine.id == place["engine"]:
-                engine.age, engine.stage = place["age"], engine.stage or where.min_stage
+                engine.age, engine.assumed = place["age"], engine.assumed or not engine.stage
+                engine.stage, engine.num_stages = engine.stage or where.min_stage, len(where.sizes)
                 return
-        known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes)}
-        now.engines.append(Engine(place["engine"], model, place["url"], 0, **known))
+        known = {"age": place["age"], "stage": where.min_stage, "num_stages": len(where.sizes), "key": place["key"]}
+        now.engines.append(Engine(place["engine"], model, place["url"], 0, **known, assumed=True))
 
     def stage_at(self, lease: "Lease") -> int:
         """That an engine answers at, as far as its agent has said."""
         engines = self.known[lease.node].engines if lease.node in self.known else ()
         return next((engine.stage for engine in engines if engine.id == lease.engine), 1)
+
+    def last_stage(self, lease: "Lease") -> int | None:
+        return len(self.known[lease.node].models[lease.model].sizes) if lease.node in self.known else None
 
     def doubt(self, lease: "Lease") -> None:
         """An engine that does not answer does not run, unless its agent says so again."""
@@ -1186,7 +1223,7 @@ class Places:
     def leases(self, node: str) -> dict[str, int]:
         return {model: demand.leases for model, demand in self.demands[node].items()}
 
-    def choose(self, model: str, stage: int | None, avoid: Collection[str] = ()) -> tuple[Node, float] | None:
+    def choose(self, model: str, stage: int | str | None, avoid: Collection[str] = ()) -> tuple[Node, float] | None:
         """See choose(); nodes in `avoid` only where there is no other."""
         nodes = self.nodes.usable()
         nodes = [node for node in nodes if node.id not in avoid] or nodes
@@ -1196,7 +1233,7 @@ class Places:
         demands, now = self.demands[node.id], time.monotonic()
         return seconds_to_answer(node, model, stage, demands, self.settings, now, self.service[model])
 
-    async def lease(self, model: str, stage: int | None, avoid: set[str]) -> "Lease":
+    async def lease(self, model: str, stage: int | str | None, avoid: set[str]) -> "Lease":
         """A place at the engine that answers first. Raises Refused where none is to be had."""
         reason, attempts, begin = None, 0, time.monotonic()
         self.held[model] += 1
@@ -1239,7 +1276,8 @@ class Places:
             raise
         finally:
             demand.waiting_since = None
-        lease.url, lease.engine, lease.granted = place["url"], place["engine"], time.monotonic()
+        lease.url, lease.engine, lease.key = place["url"], place["engine"], place["key"]
+        lease.granted = time.monotonic()
         self.used[lease.engine] += 1
         self.nodes.know(node.id, model, place)
         measured = lease.granted - begin
@@ -1263,7 +1301,7 @@ class Places:
         expected = len(listening) < min(needed, possible) and not node.models[model].failures
         if expected and self.used[engine.id] >= self.settings.room:
             return None
-        return {"url": engine.url, "engine": engine.id, "age": engine.age}
+        return {"url": engine.url, "engine": engine.id, "age": engine.age, "key": engine.key}
 
     async def granted(self, lease: "Lease", begin: float) -> dict:
         """Where the engine of a lease is, as soon as anybody says that it listens: the agent, or Serve's replica.
@@ -1339,6 +1377,7 @@ class Lease:
     response: serve.handle.DeploymentResponseGenerator  # open as long as the place is used
     url: str = ""
     engine: str = ""
+    key: str = field(default="", repr=False)  # that the engine wants
     granted: float | None = None  # when
     told: bool = False  # whether what it yields has been looked at
     given_back: bool = False
@@ -1430,13 +1469,29 @@ FLEET_PAGE = """<!doctype html>
 """
 
 
+def key_of_clients(settings: Settings) -> str | None:
+    """Raises RuntimeError where a variable has it that is not set."""
+    if settings.api_key_variable is None:
+        return settings.api_key
+    if not (key := os.environ.get(settings.api_key_variable)):
+        raise RuntimeError(f"{settings.api_key_variable} is not set: start Ray with it on the head node")
+    return key
+
+
+def has_key(authorization: str, key: str) -> bool:
+    """Whether a header has the key: as vLLM compares it, in a time that does not depend on how much of it is right."""
+    scheme, _, given = authorization.partition(" ")
+    digests = (hashlib.sha256(text.encode(errors="surrogateescape")).digest() for text in (given, key))
+    return secrets.compare_digest(*digests) and scheme.lower() == "bearer"
+
+
 @dataclass(eq=False)
 class Answering:
     """A stream on its way, and where it comes from."""
 
     stream: Stream
     model: str
-    stage: int | None
+    stage: int | str | None
     headers: dict[str, str]  # for its engines
     lease: Lease
     source: aiohttp.ClientResponse | None = None
@@ -1450,7 +1505,8 @@ class Ingress:
     """The endpoint: a Serve deployment that listens itself, so that no token passes through Ray."""
 
     async def __init__(self, settings: Settings):
-        self.settings = settings
+        self.key = key_of_clients(settings)
+        self.settings = settings = replace(settings, api_key=None)  # nobody else has to know it
         self.answering: set[Answering] = set()
         self.counts: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()  # by engine
@@ -1511,8 +1567,8 @@ class Ingress:
     async def guard(self, request: web.Request, handler: Callable) -> web.StreamResponse:
         """The API key, where there is one, for what vLLM guards; errors as vLLM words them."""
         try:
-            if self.settings.api_key and (request.method == "POST" or request.path.startswith("/v1")):
-                if request.headers.get("Authorization") != f"Bearer {self.settings.api_key}":
+            if self.key and (request.method == "POST" or request.path.startswith("/v1")):
+                if not has_key(request.headers.get("Authorization", ""), self.key):
                     raise Refused(401, "this needs an API key: Authorization: Bearer KEY")
             return await handler(request)
         except Refused as refused:
@@ -1542,18 +1598,19 @@ class Ingress:
             raise Refused(404, f"model {model!r:.80}: this fleet serves {', '.join(names)}")
         return model
 
-    def stage_of(self, request: web.Request, body: dict, model: str) -> int | None:
+    def stage_of(self, request: web.Request, body: dict, model: str) -> int | str | None:
         """The stage that a request waits for, of its header and its body."""
         last = max((len(node.models[model].sizes) for node in self.nodes.known.values()), default=0)  # 0: not known yet
         wanted = []
         for value in (request.headers.get(MIN_STAGE_HEADER), body.pop(MIN_STAGE, None)):
-            if value is None:
+            if value in (None, LAST):
+                wanted += [value] if value else []
                 continue
             number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value) else value
             if type(number) is not int or not 1 <= number <= (last or number):
-                raise Refused(400, f"{MIN_STAGE} {value!r:.40}: {model} has stages 1 to {last or '?'}")
+                raise Refused(400, f"{MIN_STAGE} {value!r:.40}: {model} has stages 1 to {last or '?'}, or {LAST!r}")
             wanted.append(number)
-        return max(wanted, default=None)
+        return LAST if LAST in wanted else max(wanted, default=None)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -1572,9 +1629,9 @@ class Ingress:
         streams = body.get("stream") is True and request.path in ANSWERS
         return await (self.stream if streams else self.whole)(request, body, model, stage)
 
-    def headers(self, request: web.Request, stage: int | None) -> dict[str, str]:
+    def headers(self, request: web.Request, stage: int | str | None) -> dict[str, str]:
         """Of a client's request, for an engine."""
-        kept = ("Authorization", "X-Request-Id", "traceparent")
+        kept = ("X-Request-Id", "traceparent")
         headers = {name: request.headers[name] for name in kept if name in request.headers}
         if stage is not None:
             headers[MIN_STAGE_HEADER] = str(stage)
@@ -1582,6 +1639,7 @@ class Ingress:
 
     async def post(self, lease: Lease, path: str, body: dict, headers: dict[str, str]) -> aiohttp.ClientResponse:
         """The beginning of an engine's answer. Raises Lost."""
+        headers = {**headers, "Authorization": f"Bearer {lease.key}"}
         return await self.unless_lost(lease, self.session.post(lease.url + path, json=body, headers=headers))
 
     async def unless_lost(self, lease: Lease, work: Awaitable):
@@ -1598,7 +1656,7 @@ class Ingress:
         finally:
             asking.cancel()
 
-    async def whole(self, request: web.Request, body: dict, model: str, stage: int | None) -> web.Response:
+    async def whole(self, request: web.Request, body: dict, model: str, stage: int | str | None) -> web.Response:
         """An answer in one piece: where its engine is lost another makes it, for the client has got nothing yet."""
         avoid: set[str] = set()
         for attempt in itertools.count(1):
@@ -1624,7 +1682,7 @@ class Ingress:
         names = ("Content-Type", STAGE_HEADER, "Retry-After", "X-Request-Id")
         return {name: response.headers[name] for name in names if name in response.headers}
 
-    async def stream(self, request: web.Request, body: dict, model: str, stage: int | None) -> web.StreamResponse:
+    async def stream(self, request: web.Request, body: dict, model: str, stage: int | str | None) -> web.StreamResponse:
         """A streamed answer, by as many engines as it takes."""
         chat, headers, avoid = request.path == ANSWERS[1], self.headers(request, stage), set()
         lease = await self.places.lease(model, stage, avoid)
@@ -1672,6 +1730,7 @@ class Ingress:
                     return web.Response(body=data, status=source.status, headers=self.passed_on(source))
                 raise Lost(f"its engine answers {source.status}")
             answering.source = source
+            stream.is_full = source.headers.get(STAGE_HEADER) == str(self.nodes.last_stage(lease))
             return await self.pass_events(request, answering)
 
     async def pass_events(self, request: web.Request, answering: Answering) -> web.StreamResponse:
@@ -1748,7 +1807,8 @@ class Ingress:
         It does so at the stage that answers now: a transition soon after would compute everything once more.
         """
         with contextlib.suppress(Refused, Lost):  # it is tried again
-            stage = max(answering.stage or 1, self.nodes.stage_at(answering.lease))
+            stage = answering.stage
+            stage = LAST if stage == LAST else max(stage or 1, self.nodes.stage_at(answering.lease))
             lease = await self.places.lease(answering.model, stage, {answering.lease.node})
             try:
                 await self.compute_beforehand(answering, lease, stage)
@@ -1759,7 +1819,7 @@ class Ingress:
                 if lease:
                     lease.close()
 
-    async def compute_beforehand(self, answering: Answering, lease: Lease, stage: int) -> None:
+    async def compute_beforehand(self, answering: Answering, lease: Lease, stage: int | str) -> None:
         """K and V of a stream's tokens, at another engine, until few are missing. Raises Lost."""
         stream, headers = answering.stream, {**answering.headers, MIN_STAGE_HEADER: str(stage)}
         for _ in range(MOVE_ROUNDS):
@@ -1787,9 +1847,9 @@ class Ingress:
                 for name, where in node.models.items()
             }  # fmt: skip
             engines = [
-                {"engine": engine.id, "model": engine.model, "url": engine.url, "stage": engine.stage,
-                 "num_stages": engine.num_stages, "owned": engine.owned, "ending": engine.ending,
-                 "tokens": self.tokens[engine.id]}
+                {"engine": engine.id, "model": engine.model, "url": engine.url,
+                 "stage": 0 if engine.assumed else engine.stage, "num_stages": engine.num_stages,
+                 "owned": engine.owned, "ending": engine.ending, "tokens": self.tokens[engine.id]}
                 for engine in node.engines
             ]  # fmt: skip
             drained = node.id in self.nodes.draining
@@ -1864,6 +1924,56 @@ class FleetMetrics:
 
 # ---- launch: Ray, the ingress' application, the terminal (driver) -----------------------------------
 
+MASK = "***"  # as in vLLM's log
+# Names of options, variables, JSON keys and parameters of URLs whose values are secret.
+SECRET = re.compile(
+    r"[\w.-]*(?:secret|passw|passphrase|credential|access.?key|signature|(?:keys?|token|auth(?:orization)?)(?![\w.-]))"
+    r"[\w.-]*",
+    re.IGNORECASE,
+)
+# What a text says before a secret: a URL its scheme, a header "Bearer", JSON or a parameter the name.
+SECRET_TEXT = re.compile(
+    r"(\w:/+)[^\s/?#]+(?=@)|(\bbearer )\S+"
+    rf"|({SECRET.pattern}(?:=|[\"']\s*:\s*))(?:\"(?:[^\"\\]|\\.)*\"|'[^']*'|\[[^\]]*\]|{{[^}}]*}}|[^\s&#,}}\]]+)",
+    re.IGNORECASE,
+)
+
+
+def masked(value):
+    """The value of an argument as it may be written down: what is secret in it, at any depth, is MASK."""
+    if isinstance(value, dict):
+        return {name: MASK if SECRET.fullmatch(name) and entry else masked(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return masked_words(value)
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    try:
+        words = shlex.split(text)
+    except ValueError:  # it is no command line
+        words = text.split()
+    hidden = masked_words(words)
+    if hidden == words or words == [text]:
+        return masked_words([text])[0]
+    return shlex.join(hidden)
+
+
+def masked_words(words: list | tuple) -> list:
+    """The same for the words of a command line, where the values of an option follow it."""
+    found, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=") if isinstance(word, str) else ("", "", "")
+        is_secret, is_option = bool(SECRET.fullmatch(name)), name.startswith("-")
+        if hidden and not is_option:
+            word = MASK
+        elif is_secret and equals:
+            word = f"{name}={MASK}"
+        elif isinstance(word, str):
+            word = SECRET_TEXT.sub(lambda match: next(filter(None, match.groups())) + MASK, word)
+        found.append(word if isinstance(word, str) else masked(word))
+        hidden = is_secret and not equals if is_option else hidden
+    return found
+
 
 def build(arguments: dict):
     """The application for `serve deploy` (import_path: serve_fleet:build); `arguments` are Settings."""
@@ -1893,6 +2003,12 @@ def name_models(checkpoints: list[str]) -> dict[str, str]:
     return models
 
 
+def stage_option(text: str) -> int | str:
+    if text != LAST and (not text.isdecimal() or int(text) == 0):
+        raise argparse.ArgumentTypeError(f"{text} is no stage: stages have numbers from 1 on, or are {LAST}")
+    return text if text == LAST else int(text)
+
+
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those of the engines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="All other options go to the engines.")
@@ -1901,7 +2017,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     where.add_argument("--address", help="of a Ray cluster (auto: the one of this machine); default: a Ray of its own")
     where.add_argument("--host", default=Settings.host, help="that the endpoint listens at (default: %(default)s)")
     where.add_argument("--port", type=int, default=Settings.port, help="default: %(default)s")
-    where.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"), help="of clients; default: $VLLM_API_KEY")
+    key = f"of clients; default: ${KEY_VARIABLE}, which nobody sees in a list of processes"
+    where.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help=key)
     where.add_argument("--write-config", type=Path, metavar="FILE", help="for `serve deploy`, instead of starting")
     engines = parser.add_argument_group("engines")
     engines.add_argument("--max-replicas", type=int, default=Settings.max_replicas, help="of a model on one node")
@@ -1911,7 +2028,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     engines.add_argument("--hold-limit", type=int, default=Settings.hold_limit, help="requests of a model that wait")
     engines.add_argument("--start-timeout", type=float, default=Settings.start_timeout, help="seconds")
-    engines.add_argument("--min-stage", type=int, help="nobody is answered below it; default: see progressive_serve.py")
+    min_stage = f"a number, or {LAST}: nobody is answered below it; default: see progressive_serve.py"
+    engines.add_argument("--min-stage", type=stage_option, metavar="K", help=min_stage)
     engines.add_argument("--no-standby", action="store_true", help="spare its memory; starts take the imports longer")
     engines.add_argument("--num-cpus", type=float, help="of an engine; default: 1, or 0 with --num-gpus")
     engines.add_argument("--num-gpus", type=float, help="of an engine; default: on a GPU its tensor parallel size")
@@ -1921,6 +2039,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     for option in options:
         if option.split("=")[0] in OWN_OPTIONS:
             parser.error(f"{option} is the fleet's own business; --host and --port are those of its endpoint")
+    given = [*(text.partition("=")[2] or text for text in args.checkpoints), *options]
+    if (shown := masked(given)) != given:
+        parser.error(
+            f"{' '.join(shown)}: everybody can see what a command line or a configuration says\n"
+            f"give secrets in the environment in which Ray starts on each node (HF_TOKEN); of clients: {KEY_VARIABLE}"
+        )
     if not args.server.is_file():
         parser.error(f"--server {args.server} is not there: copy {SERVER} beside this file")
     return args, options
@@ -1946,10 +2070,16 @@ def tensor_parallel_size(options: list[str]) -> int:
 
 
 def write_config(path: Path, settings: Settings, server: Path) -> None:
-    """The same fleet for `serve deploy`; this file and the server's have to be on every node, at the same path."""
+    """The same fleet for `serve deploy`; this file and the server's have to be on every node, at the same path.
+
+    Of the key it names the variable, which Ray's head node has to be started with.
+    """
     import yaml
 
     arguments = asdict(settings) | {"server": str(server.resolve()), "options": list(settings.options)}
+    if arguments.pop("api_key"):
+        arguments["api_key_variable"] = KEY_VARIABLE
+        print(f"{path} holds no key: start Ray on the head node with {KEY_VARIABLE} in its environment")
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
     app = {"name": INGRESS, "route_prefix": None, "import_path": "serve_fleet:build", "args": arguments}
     config = {"proxy_location": "Disabled", "applications": [{**app, "runtime_env": environment}]}
@@ -2019,6 +2149,7 @@ def show(url: str, ended: threading.Event) -> None:
     """On the terminal, whenever it changes, until `ended`: what describe() says. Raises UnreachableError."""
     import urllib.request
 
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows what listens here
     before, there = None, time.monotonic()
     while not ended.wait(1.0):
         if ray_is_there():
@@ -2026,7 +2157,7 @@ def show(url: str, ended: threading.Event) -> None:
         elif time.monotonic() - there > GONE_SECONDS:
             raise UnreachableError("Ray has ended, and the fleet with it")
         with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{url}/fleet", timeout=ANSWER_SECONDS) as answer:
+            with direct.open(f"{url}/fleet", timeout=ANSWER_SECONDS) as answer:
                 state = json.load(answer)
             if (text := describe(state)) != before:
                 print(time.strftime("%H:%M:%S"), text, flush=True)
@@ -2085,8 +2216,9 @@ def main() -> int:
                 signal.signal(number, lambda *_: ended.set())
             try:
                 start(settings)
-                print(f"listening at http://{settings.host}:{settings.port}/v1", flush=True)
-                show(f"http://{settings.host}:{settings.port}", ended)
+                url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
+                print(f"listening at {url}/v1", flush=True)
+                show(url, ended)
             finally:
                 if ray_is_there():
                     stop(settings)

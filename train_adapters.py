@@ -39,7 +39,9 @@ import json
 import math
 import os
 import platform
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +57,19 @@ HAS_GPU = bool(list(Path("/dev").glob("nvidia[0-9]*")))
 FORMAT_VERSION = 1  # of progressive.json: stages of layers
 NAME = Path(__file__).name
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets")
-SETTINGS = ("VLLM_", "OMP_", "CUDA_VISIBLE_DEVICES")  # environment variables that results depend on
+# Environment variables that results depend on, each by its name: a prefix would take VLLM_API_KEY along.
+SETTINGS = (
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "OMP_DYNAMIC"),
+    *("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_SGL_KERNEL"),
+    *("VLLM_CPU_ATTN_SPLIT_KV", "VLLM_CPU_INT4_W4A8", "VLLM_TARGET_DEVICE", "VLLM_USE_V2_MODEL_RUNNER"),
+    *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_FLOAT32_MATMUL_PRECISION"),
+    *("VLLM_BATCH_INVARIANT", "VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND", "VLLM_USE_FLASHINFER_SAMPLER"),
+    *("VLLM_DISABLED_KERNELS", "VLLM_USE_DEEP_GEMM", "VLLM_ROCM_USE_AITER", "VLLM_DISABLE_COMPILE_CACHE"),
+    *("VLLM_USE_AOT_COMPILE", "VLLM_USE_MEGA_AOT_ARTIFACT", "VLLM_FORCE_AOT_LOAD", "VLLM_USE_STANDALONE_COMPILE"),
+    *("VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE", "VLLM_ENABLE_INDUCTOR_COORDINATE_DESCENT_TUNING"),
+    *("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", "VLLM_ENABLE_STARTUP_PLAN"),
+    *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
+)
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/train.json")
 HUB_DATASETS = {"squad": "rajpurkar/squad"}
@@ -125,11 +139,62 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if changes.stdout else "")
 
 
+MASK = "***"  # as in vLLM's log
+# Names of options, variables, JSON keys and parameters of URLs whose values are secret.
+SECRET = re.compile(
+    r"[\w.-]*(?:secret|passw|passphrase|credential|access.?key|signature|(?:keys?|token|auth(?:orization)?)(?![\w.-]))"
+    r"[\w.-]*",
+    re.IGNORECASE,
+)
+# What a text says before a secret: a URL its scheme, a header "Bearer", JSON or a parameter the name.
+SECRET_TEXT = re.compile(
+    r"(\w:/+)[^\s/?#]+(?=@)|(\bbearer )\S+"
+    rf"|({SECRET.pattern}(?:=|[\"']\s*:\s*))(?:\"(?:[^\"\\]|\\.)*\"|'[^']*'|\[[^\]]*\]|{{[^}}]*}}|[^\s&#,}}\]]+)",
+    re.IGNORECASE,
+)
+
+
+def masked(value):
+    """The value of an argument as it may be written down: what is secret in it, at any depth, is MASK."""
+    if isinstance(value, dict):
+        return {name: MASK if SECRET.fullmatch(name) and entry else masked(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return masked_words(value)
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    try:
+        words = shlex.split(text)
+    except ValueError:  # it is no command line
+        words = text.split()
+    hidden = masked_words(words)
+    if hidden == words or words == [text]:
+        return masked_words([text])[0]
+    return shlex.join(hidden)
+
+
+def masked_words(words: list | tuple) -> list:
+    """The same for the words of a command line, where the values of an option follow it."""
+    found, hidden = [], False
+    for word in words:
+        name, equals, _ = word.partition("=") if isinstance(word, str) else ("", "", "")
+        is_secret, is_option = bool(SECRET.fullmatch(name)), name.startswith("-")
+        if hidden and not is_option:
+            word = MASK
+        elif is_secret and equals:
+            word = f"{name}={MASK}"
+        elif isinstance(word, str):
+            word = SECRET_TEXT.sub(lambda match: next(filter(None, match.groups())) + MASK, word)
+        found.append(word if isinstance(word, str) else masked(word))
+        hidden = is_secret and not equals if is_option else hidden
+    return found
+
+
 def provenance(args: argparse.Namespace) -> dict:
     """What a result was made with: arguments, settings from outside, versions, machine, commit, date."""
     return {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
+        "arguments": masked(vars(args)),
+        "environment": masked({name: os.environ[name] for name in SETTINGS if name in os.environ}),
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),

@@ -66,6 +66,10 @@ class FakeEngine:
         stage = sum(seconds <= since for seconds in self.behaves("stage_seconds"))
         return min(stage, self.behaves("stage") or self.last)
 
+    def quality(self, began: int) -> dict:
+        """What progressive_serve.py says of an answer at its end."""
+        return {"progressive_stage": self.stage(), "progressive_exact": began == self.last}
+
     async def next_step(self, number: int) -> None:
         """Waits as long as the token with this number takes, from 0 on."""
         await asyncio.sleep(self.behaves("token_seconds"))
@@ -97,11 +101,13 @@ class FakeEngine:
         given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
         source = body["messages"][-1]["content"] if chat else body["prompt"]
         prompt = given or (tokens_of(source) if isinstance(source, str) else source)
-        wanted = int(request.headers.get("X-Progressive-Min-Stage", 1))
+        wanted = request.headers.get("X-Progressive-Min-Stage", "1")
+        wanted = self.last if wanted == "last" else int(wanted)
         while self.stage() < wanted:
             await asyncio.sleep(HELD_SECONDS)
         tokens, count = list(prompt), body.get("max_tokens") or 16
-        headers = {"X-Progressive-Stage": str(self.stage())}
+        began = self.stage()
+        headers = {"X-Progressive-Stage": str(began)}
         if not body.get("stream"):
             for number in range(count):
                 await self.next_step(number)
@@ -110,7 +116,8 @@ class FakeEngine:
             choice = {"index": 0, "finish_reason": "length"}
             choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
-            return web.json_response({"id": "whole", "choices": [choice], "usage": usage}, headers=headers)
+            answer = {"id": "whole", "choices": [choice], "usage": usage} | self.quality(began)
+            return web.json_response(answer, headers=headers)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **headers})
         await response.prepare(request)  # as vLLM does, before there is a token
 
@@ -132,7 +139,8 @@ class FakeEngine:
                 choice["token_ids"] = [tokens[-1]]
                 if number == 1 and not chat:
                     choice["prompt_token_ids"] = prompt
-            await send(**identity, sent=time.time(), choices=[choice])
+            ends = self.quality(began) if number == count else {}
+            await send(**identity, sent=time.time(), choices=[choice], **ends)
         if (body.get("stream_options") or {}).get("include_usage"):
             await send(**identity, choices=[], usage={"prompt_tokens": len(prompt), "completion_tokens": count})
         await response.write(b"data: [DONE]\n\n")

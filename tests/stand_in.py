@@ -77,12 +77,26 @@ def claim(path: Path) -> bool:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    last, hold, looks = 1, 1, 0
+    last, hold, looks, key = 1, 1, 0, None
 
     def stage(self) -> int:
         return min(max(1, Handler.looks), Handler.hold)
 
+    def is_refused(self) -> bool:
+        """As vLLM does it, where there is a key."""
+        refused = (
+            Handler.key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {Handler.key}"
+        )
+        if refused:
+            self.send({"error": "Unauthorized"}, status=401)
+        return bool(refused)
+
     def do_GET(self):
+        if self.is_refused():
+            return
+        if self.path == "/v1/models":
+            self.send({"data": [{"id": "stand-in", "max_model_len": 1024}]})
+            return
         Handler.looks += 1
         stages = [{"stage": stage, "seconds": None, "bytes": 1000} for stage in range(1, Handler.last + 1)]
         for row in stages[: self.stage()]:
@@ -94,13 +108,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.is_refused():
+            return
         text = " of all" if self.stage() == Handler.last else f" of stage {self.stage()}"
         answer = {"choices": [{"text": text}], "usage": {"completion_tokens": body["max_tokens"]}}
         self.send(answer, b"data: " if body.get("stream") else b"")
 
-    def send(self, content: dict, prefix: bytes = b"") -> None:
+    def send(self, content: dict, prefix: bytes = b"", status: int = 200) -> None:
         body = prefix + json.dumps(content).encode() + b"\n"
-        self.send_response(200)
+        self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), "X-Progressive-Stage": str(self.stage())}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -117,6 +133,7 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--hold-stage", type=int)
     parser.add_argument("--standby")
+    parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY"))
     args, _ = parser.parse_known_args()
     if args.standby:
         wait_as_standby()
@@ -127,7 +144,7 @@ def main() -> None:
     if "STUBBORN" in os.environ:
         folder, _, which = os.environ["STUBBORN"].rpartition(":")
         be_stubborn(Path(folder), int(which))
-    Handler.last, Handler.hold = stages, args.hold_stage or stages
+    Handler.last, Handler.hold, Handler.key = stages, args.hold_stage or stages, args.api_key
     Handler.looks = stages if args.model else 0
     print(f"Starting vLLM server on {args.port}", flush=True)
     ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()

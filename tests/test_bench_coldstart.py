@@ -29,7 +29,7 @@ import psutil
 import pytest
 import stand_in
 from conftest import BENCH, make_llama, run_main, run_script
-from servers import ROOT, SERVER, check_nothing_is_left, flip_last_byte, wait_for
+from servers import LIMIT, ROOT, SERVER, check_nothing_is_left, flip_last_byte, wait_for
 
 import bench_coldstart
 import eval_triviaqa
@@ -308,6 +308,21 @@ def test_every_stage_is_asked_where_reading_is_stretched(stretch, serving, split
     assert row["stage_seconds"].keys() == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("options, environ", [([], {"VLLM_API_KEY": "KEY"}), (["--server-args=--api-key KEY"], {})])
+def test_servers_are_asked_by_no_proxy_and_with_their_key(options, environ, serving, split_tiny, tmp_path, monkeypatch):
+    """Nor by what ~/.netrc has for this machine. The key stands in no result and in nothing that is printed."""
+    monkeypatch.setattr(bench_coldstart, "START_TIMEOUT", LIMIT)
+    (tmp_path / "netrc").write_text("default login me password other\n")
+    names = ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY")
+    environ = environ | dict.fromkeys(names, "http://127.0.0.1:9") | {"NETRC": str(tmp_path / "netrc")}
+    options = [*options, "--mode", "progressive,baseline-fork", "--trials", "1", "--throughput", "1x2"]
+    options += ["--watch-gaps"] if serving == "stand-in" else []
+    done = run_bench("--checkpoint", split_tiny, *options, "--json", tmp_path / "cold.json", **environ)
+    text = (tmp_path / "cold.json").read_text()
+    assert [row["mode"] for row in json.loads(text)["trials"]] == ["progressive", "baseline-fork"]
+    assert "KEY" not in text.replace("VLLM_API_KEY", "") + done.stdout + done.stderr
+
+
 @pytest.mark.server
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_benchmark_keeps_its_samples_and_takes_its_server_along(number, start, split_tiny, tmp_path, short_tmp):
@@ -578,10 +593,10 @@ def test_stages_are_counted_from_the_creation_of_the_actor(monkeypatch):
     """... as TTFT is; the server, which counts from its own start, knows nothing of an actor."""
     stages = [{"stage": 1, "seconds": 7.5}, {"stage": 2, "seconds": None}]
     progress = {"stage": 1, "hold_stage": 1, "error": None, "stages": stages, "timeline": events(active=7.5)}
-    monkeypatch.setattr(bench_coldstart.requests, "get", lambda *_, **__: SimpleNamespace(json=lambda: progress))
+    address = SimpleNamespace(ask=lambda method, path: SimpleNamespace(json=lambda: progress))
     process = SimpleNamespace(launched=102.25, poll=lambda: None)
     server = SimpleNamespace(spawned=100.0, process=process)
-    _, followed = bench_coldstart.follow_stages(server, "url", "prompt", {"stage": 1}, silent=True)
+    _, followed = bench_coldstart.follow_stages(server, address, "prompt", {"stage": 1}, silent=True)
     assert [row["seconds"] for row in followed["stages"]] == [9.75, None]
     assert [row["seconds"] for row in followed["timeline"]] == [9.75]
 
@@ -1083,7 +1098,7 @@ def test_plots_of_a_sweep_are_drawn_again(tmp_path):
         trials += [stock_trial(mode, mbps, sum(stages), speed) for mode in ("baseline", "baseline-fork")]
     trials.append(stock_trial("warm", None, sum(stages), 5000.0) | {"stage_seconds": {"1": 9.0, "2": 30.0}})
     result = {"trials": trials, "bandwidth": {"25": [25.0], "0": [5000.0]}, "stage_bytes": stages}
-    (tmp_path / "sweep.json").write_text(json.dumps(result))
+    (tmp_path / "sweep.json").write_text("\ufeff" + json.dumps(result))  # as an editor may have left it
     done = run_bench("--plot", tmp_path / "sweep.json")
     for name in ("sweep-timeline.png", "sweep-ttft.png"):
         assert str(tmp_path / name) in done.stdout
@@ -1109,6 +1124,18 @@ def test_modes_read_what_they_name(split_tiny, planes_tiny):
     of_planes, of_stock = (bench_coldstart.weight_bytes(mode, args) for mode in ("progressive@checkpoint", "baseline"))
     assert of_stock == [(source / "model.safetensors").stat().st_size] == [bench_coldstart.model_bytes(planes_tiny)]
     assert len(of_planes) == 3 and sum(of_planes) < of_stock[0]
+
+
+@pytest.mark.parametrize("content", [{"format_version": 3, "stages": []}, {"stages": []}, [1]], ids=str)
+def test_another_manifest_is_refused(content, tmp_path):
+    (tmp_path / "progressive.json").write_text(json.dumps(content))
+    done = run_main(
+        bench_coldstart, "--checkpoint", tmp_path, "--mode", "progressive", "--json", tmp_path / "cold.json"
+    )
+    assert done.returncode == 2 and "is not a progressive checkpoint" in done.stderr
+    (tmp_path / "data").write_text("Where?\t['Paris']\n")
+    done = run_main(eval_triviaqa, tmp_path, "--data", tmp_path / "data", "--json", tmp_path / "result.json")
+    assert done.returncode == 2 and "is no progressive checkpoint" in done.stderr
 
 
 def test_stock_reads_no_planes(planes_tiny, tmp_path):
@@ -1194,6 +1221,8 @@ def test_mode_without_its_package_exits_with_2(split_tiny, tmp_path):
         (["--checkpoint", "{checkpoint}", "--before", "bench_coldstart.py"], "--mode before,progressive"),
         (["--compile-cache", "cold"], "--no-enforce-eager"),
         (["--stretch", "-2"], "--stretch -2"),
+        (["--server-args=--prompt 'x"], "--server-args"),
+        (["--server-args=--api-key"], "--api-key"),
         (["--plot", "/no/such.json"], "/no/such.json"),
         (["--checkpoint", "{checkpoint}", "--predict", "{checkpoint}/config.json"], "config.json"),
     ],

@@ -5,6 +5,7 @@ fake server, in this process. The file takes about a minute.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -282,6 +283,17 @@ MALFORMED = {
     "SQuAD without paragraphs": ({"data": [{"title": "x"}]}, "data[0].paragraphs"),
     "SQuAD without an id": (squad({"question": "?", "answers": []}), "data[0].paragraphs[0].qas[0].id"),
     "SQuAD without answers": (squad({"id": "a", "question": "?"}), "qas[0].answers"),
+    "SQuAD v2.0": ({**squad(), "version": "v2.0"}, "version is 'v2.0'"),
+    "SQuAD v2.0 that does not say so": (
+        squad({"id": "a", "question": "?", "answers": [{"text": "x"}], "is_impossible": True}),
+        "qas[0], a, has no answer",
+    ),
+    "a question without an answer": (squad({"id": "a", "question": "?", "answers": []}), "SQuAD v2.0"),
+    "another TriviaQA": ({**TRIVIAQA, "Version": 2.0}, "Version is 2.0"),
+    "lines of JSON": ('{"question": "?", "answer": ["x"]}\n{"question": "??", "answer": ["y"]}\n', "is no JSON"),
+    "one line of JSON": ({"question": "?", "answer": ["x"]}, "Data is missing"),
+    "a list of questions": ([{"question": "?", "answers": ["x"]}], "line 1"),
+    "a line with a text in place of a list": ("Who?\t'Ann'\n", "line 1"),
     "a line without a tab": ("Who?\t['x']\nWhere?\n", "line 2"),
     "a line without a list": ("Who?\tx y\n", "line 1"),
 }
@@ -296,6 +308,33 @@ def test_malformed_data(case, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "data", [TRIVIAQA, squad({"id": "q2", "question": "?", "answers": [{"text": "Paris"}]}), LINES]
+)
+def test_a_byte_order_mark_is_no_text(data, tmp_path):
+    """Of questions in each format, and of predictions; the id of the second line is 1."""
+    text, answers = data if isinstance(data, str) else json.dumps(data), {"q2": "Paris", "1": "Paris"}
+    found = {}
+    for mark in ("", "\ufeff"):
+        file = predictions(tmp_path, mark + json.dumps(answers))
+        done, found[mark] = evaluate(tmp_path, "--predictions", file, data=mark + text)
+        assert done.returncode == 0, done.stderr
+    assert found["\ufeff"]["detail"] == found[""]["detail"] and found[""]["summary"]["em"] > 0
+    assert found[""]["detail"][0]["question"][0] in "W?"
+
+
+def test_no_result_holds_a_key(tmp_path):
+    """Of the environment, of the server's options, and of an address."""
+    answers = predictions(tmp_path, {"q1": "Monet"})
+    options = ["--predictions", answers, "--server-args=--hf-token hf-KEY --dtype float32"]
+    path = tmp_path / "data"
+    path.write_text(json.dumps(TRIVIAQA))
+    result = tmp_path / "result.json"
+    done = run_main(eval_triviaqa, "--data", path, *options, "--json", result, VLLM_API_KEY="sk-KEY", HF_TOKEN="KEY")
+    assert done.returncode == 0, done.stderr
+    assert "KEY" not in result.read_text() and "--dtype float32" in result.read_text()
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--data", "nowhere.json", "--predictions", "x"], "nowhere.json"),
@@ -304,7 +343,17 @@ def test_malformed_data(case, tmp_path):
         (["--predictions", "{unrelated}"], "none of the questions"),
         (["CKPT", "--base-url", "http://x"], "CKPT"),
         (["--base-url", "localhost:8000"], "localhost:8000"),
-        (["--base-url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["--base-url", "http://127.0.0.1:9"], "127.0.0.1:9 cannot be reached"),
+        (["--base-url", "http://127.0.0.1:9/llm/v1"], "127.0.0.1:9/llm cannot be reached"),
+        (["--base-url", "https://[::1]:9/v1"], "[::1]:9 cannot be reached"),
+        (["--base-url", "http://x/v1?version=2"], "http://x/v1?version=2"),
+        (["--base-url", "http://x/v1#here"], "http://x/v1#here"),
+        (["--base-url", "http://x:99999"], "http://x:99999"),
+        (["--base-url", "http://[::1"], "http://[::1"),
+        (["--base-url", "http://me:word@127.0.0.1:9"], "http://***@127.0.0.1:9"),
+        (["--base-url", "http://x", "--stages", "last"], "--stages last"),
+        (["CKPT", "--server-args=--api-key"], "--api-key"),
+        (["CKPT", "--server-args=--prompt 'x"], "--server-args"),
         (["nowhere"], "nowhere"),
         (["{checkpoint}", "--stages", "1,4"], "stage 4"),
         (["{checkpoint}", "--stages", "0"], "0"),
@@ -349,6 +398,7 @@ class Fake(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), FakeHandler)
         self.reply, self.asked, self.lock, self.is_vllm = reply, {}, threading.Lock(), True
         self.stage, self.errs = 1, {}
+        self.prefix, self.key = "", None  # a path before all others; what /v1 wants, as vLLM does
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -378,13 +428,29 @@ def fake(monkeypatch):
 class FakeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def is_refused(self) -> bool:
+        """Whether it has been; a path is then without the prefix."""
+        prefix, key = self.server.prefix, self.server.key
+        if not self.path.startswith(prefix):
+            self.send(404, {}, {})
+            return True
+        self.path = self.path.removeprefix(prefix)
+        if key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {key}":
+            self.send(401, {"error": "Unauthorized"}, {})
+            return True
+        return False
+
     def do_GET(self):
+        if self.is_refused():
+            return
         stage = self.server.stage
         progress = {"stage": stage, "stages": [{"seconds": 1.0}] * stage, "error": None}
         self.send(200, progress if self.path == "/progress" else {"data": [{"id": "fake"}]}, {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.is_refused():
+            return None
         if self.path == "/tokenize":  # a token is a letter; other servers have other answers, or none
             tokens = {"tokens": [ord(letter) for letter in body["prompt"]], "max_model_len": 9}
             return self.send(200, tokens if self.server.is_vllm else [tokens], {})
@@ -432,6 +498,50 @@ def test_chat(fake, tmp_path):
     assert [row["answer"] for row in result["detail"]] == ["Paris"] * 3  # nothing is kept of the other
 
 
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_a_server_below_a_path(end, fake, tmp_path):
+    server = fake()
+    server.prefix = "/llm/a%20b"
+    done, result = evaluate(tmp_path, "--base-url", f"{server.url}/llm/a%20b{end}")
+    assert done.returncode == 0, done.stderr
+    assert result["summary"]["em"] == 33.33
+    done, result = score_text(tmp_path, f"{server.url}/llm/a%20b{end}", "0123456789", "--window", "4")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_server_that_wants_a_key(fake, tmp_path):
+    """vLLM's own variable has it; it is sent, and stands in no result and in no message."""
+    server, url = fake(lambda question, times: (500 if question == "Where?" else 200, {})), "--base-url"
+    server.key = "sk-KEY"
+    done, result = evaluate(tmp_path, url, server.url)
+    assert (done.returncode, result) == (2, None) and "set VLLM_API_KEY" in done.stderr
+    run = functools.partial(run_main, VLLM_API_KEY="sk-KEY")
+    done, result = evaluate(tmp_path, url, server.url, run=run)
+    assert done.returncode == 1 and result["summary"]["failed"] == 1  # it has been asked
+    assert "KEY" not in done.stdout + done.stderr + json.dumps(result)
+    server.is_vllm = False  # an error whose repr would show the request's headers
+    for at in (server.url, f"{server.url}/elsewhere"):
+        (tmp_path / "text.txt").write_text("0123456789")
+        done = run(eval_triviaqa, url, at, "--perplexity", tmp_path / "text.txt", "--json", tmp_path / "other.json")
+        assert done.returncode == 2 and "KEY" not in done.stderr
+    done, result = evaluate(tmp_path, url, server.url.replace("://", "://me:word@"), run=run)
+    assert done.returncode == 2 and "unset one" in done.stderr and "word" not in done.stderr
+
+
+@pytest.mark.parametrize("options, environ", [([], {"VLLM_API_KEY": "KEY"}), (["--server-args=--api-key KEY"], {})])
+def test_own_servers_are_asked_with_their_key(options, environ, split_tiny, tmp_path, monkeypatch):
+    """And by no proxy."""
+    monkeypatch.setattr(eval_triviaqa, "SERVER", STAND_IN)
+    environ = environ | dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
+    (tmp_path / "data").write_text(json.dumps(TRIVIAQA))
+    options = ["--stages", "last", "--data", tmp_path / "data", *options]
+    done = run_main(eval_triviaqa, split_tiny, *options, "--json", tmp_path / "result.json", **environ)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "result.json").read_text()
+    assert [row["answer"] for row in json.loads(text)["detail"]] == ["of all"] * 3 and "KEY" not in text
+    assert json.loads(text)["summary"]["stage"] == 3
+
+
 def score_text(tmp_path: Path, url: str, text: str, *options):
     (tmp_path / "text.txt").write_text(text)
     result = tmp_path / "result.json"
@@ -440,10 +550,11 @@ def score_text(tmp_path: Path, url: str, text: str, *options):
     return done, json.loads(result.read_text()) if result.is_file() else None
 
 
-def test_each_token_is_scored_once(fake, tmp_path):
-    """All but the first, with the most context that a window gives it."""
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_each_token_is_scored_once(mark, fake, tmp_path):
+    """All but the first, with the most context that a window gives it. A byte order mark is no token."""
     server = fake()
-    done, result = score_text(tmp_path, server.url, "0123456789", "--window", "4", "--stride", "2")
+    done, result = score_text(tmp_path, server.url, f"{mark}0123456789", "--window", "4", "--stride", "2")
     assert done.returncode == 0, done.stderr
     windows = ["0123", "2345", "4567", "6789"]
     assert server.asked.keys() == {str([ord(letter) for letter in window]) for window in windows}
@@ -773,9 +884,13 @@ def results(tmp_path: Path, *contents: dict) -> list[Path]:
     return paths
 
 
-def test_table(tmp_path):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_table(mark, tmp_path):
     """Seconds of a stage are those since the one before it; quality is that with the adapter."""
-    assert table_of(*results(tmp_path, coldstart_result(), quality_result(*QUALITY_ROWS), STOCK)) == [
+    paths = results(tmp_path, coldstart_result(), quality_result(*QUALITY_ROWS), STOCK)
+    for path in paths:
+        path.write_text(mark + path.read_text())
+    assert table_of(*paths) == [
         ["stock vLLM", "114.0", "114.0", "47.0", "52.5"],
         ["runai_streamer", "100.0", "100.0", "-", "-"],
         ["stage 1 + adapter", "90.0", "90.0", "33.3", "40.2"],
@@ -830,6 +945,10 @@ UNJOINABLE = {
         [coldstart_result(), quality_result(quality_row(1, False, 1, 2, 3))],
         "1.json: 3 requests",
     ),
+    "a text, and no questions": (
+        [coldstart_result(), WHOLE | {"detail": [{"id": "0", "nll": 1.0}]}],
+        "1.json: of a text",
+    ),
     "a stage too many": ([coldstart_result(), quality_result(quality_row(4, False, 1, 2))], "1.json: stage 4"),
 }
 
@@ -872,9 +991,10 @@ def test_stages_of_the_demo_against_stock(start, standby_of_worker, adapted_chec
     if os.environ.get("TEST_STANDBY") != "0":
         server_args += f" --from-standby {standby_of_worker().socket}"
     ours_at, stock_at = tmp_path / "ours.json", tmp_path / "stock.json"
-    stages = ["--stages", "1,3", f"--server-args={server_args}", "--json", ours_at]
-    done = run_script(EVAL, adapted_checkpoint, *options, *stages)
+    stages = ["--stages", "1,last", f"--server-args={server_args}", "--json", ours_at]
+    done = run_script(EVAL, adapted_checkpoint, *options, *stages, VLLM_API_KEY="sk-KEY")  # which vLLM asks for then
     assert done.returncode == 0, done.stderr
+    assert "sk-KEY" not in ours_at.read_text()
     ours = json.loads(ours_at.read_text())
     assert [(row["stage"], row["adapter"]) for row in ours["rows"]] == [(1, False), (1, True), (3, False)]
     assert ours["summary"]["em"] == ours["rows"][-1]["em"] > ours["rows"][0]["em"]

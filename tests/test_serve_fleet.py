@@ -9,6 +9,7 @@ so that nothing is over before the test looks. Real engines start only in the la
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -160,10 +161,11 @@ def test_an_engine_is_used_as_soon_as_it_is_said_to_listen():
     starting = node("n")
     starting.engines = [Engine("e", "m", "http://e", 1)]
     nodes = SimpleNamespace(known={"n": starting})
-    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://e", "engine": "e", "age": 1.0})
-    assert [(engine.stage, engine.age) for engine in starting.engines] == [(1, 1.0)]
+    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://e", "engine": "e", "age": 1.0, "key": "k"})
+    assert [(engine.stage, engine.num_stages, engine.age) for engine in starting.engines] == [(1, 3, 1.0)]
+    assert starting.engines[0].assumed  # nobody has said so
     assert chosen([starting, node("cached", cached=1.0, listening=0.5)]) == "n"  # though of stage 3 nothing is known
-    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://f", "engine": "f", "age": 1.0})
+    serve_fleet.Nodes.know(nodes, "n", "m", {"url": "http://f", "engine": "f", "age": 1.0, "key": "k"})
     assert [engine.id for engine in starting.engines] == ["e", "f"]
 
 
@@ -172,8 +174,29 @@ def test_a_stage_is_refused_only_where_the_stages_are_known():
     request = SimpleNamespace(headers={"X-Progressive-Min-Stage": "2"})
     assert serve_fleet.Ingress.stage_of(ingress, request, {"min_stage": 3}, "m") == 3
     ingress.nodes.known["n"] = node("n")
-    with pytest.raises(serve_fleet.Refused, match="m has stages 1 to 3"):
+    with pytest.raises(serve_fleet.Refused, match="m has stages 1 to 3, or 'last'"):
         serve_fleet.Ingress.stage_of(ingress, request, {"min_stage": 4}, "m")
+
+
+@pytest.mark.parametrize("header, body", [("last", {}), (None, {"min_stage": "last"}), ("2", {"min_stage": "last"})])
+def test_the_last_stage_is_the_full_model_however_many_there_are(header, body):
+    ingress = SimpleNamespace(nodes=SimpleNamespace(known={"n": node("n")}))
+    request = SimpleNamespace(headers={"X-Progressive-Min-Stage": header} if header else {})
+    stage = serve_fleet.Ingress.stage_of(ingress, request, body, "m")
+    assert body == {}  # engines hear of it by the header
+    assert serve_fleet.Ingress.headers(ingress, request, stage) == {"X-Progressive-Min-Stage": "last"}
+    runs = node("runs", disk=0.1)
+    runs.engines = [Engine("r", "m", "http://r", 1, stage=2, num_stages=3, seconds={3: 50.0})]
+    others = [runs, node("cached", cached=1.0, listening=2.5)]
+    assert chosen(others, stage=2) == "runs" and chosen(others, stage=stage) == chosen(others, stage=3) == "cached"
+    assert [serve_fleet.stage_number(asked, 3) for asked in (None, 1, "last")] == [1, 1, 3]
+
+
+@pytest.mark.parametrize("value", ["Last", "latest", "", "0", 0, 2.5, True, [3]])
+def test_another_word_is_no_stage(value):
+    ingress = SimpleNamespace(nodes=SimpleNamespace(known={"n": node("n")}))
+    with pytest.raises(serve_fleet.Refused, match="stages 1 to 3"):
+        serve_fleet.Ingress.stage_of(ingress, SimpleNamespace(headers={}), {"min_stage": value}, "m")
 
 
 def test_a_request_waits_for_nodes_that_do_not_answer(monkeypatch):
@@ -282,6 +305,31 @@ def test_usage_and_offsets_are_those_of_one_answer():
     assert stream.take(event)[0]["choices"][0]["logprobs"]["text_offset"] == [3]
     usage = {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}}
     assert stream.take(usage)[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "first_is_full, second_is_exact, exact", [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_an_answer_is_exact_where_all_of_its_parts_are(first_is_full, second_is_exact, exact):
+    """Of an engine that is lost before it says so, the stage at which it began tells."""
+    stream = Stream({"prompt": "x", "stream": True}, False)
+    stream.is_full = first_is_full
+    for event in chunks([5, 6], ["a", "b"], finish=None):
+        stream.take(event)
+    stream.break_off()
+    (event,) = chunks([7], ["c"])
+    (got,) = stream.take(event | {"progressive_stage": 3, "progressive_exact": second_is_exact})
+    assert (got["progressive_stage"], got["progressive_exact"]) == (3, exact)
+
+
+def test_what_nobody_has_got_does_not_count():
+    """The engine was lost before its first token had reached the client, and all is made again."""
+    stream = Stream({"prompt": "x", "stream": True}, False)
+    for event in chunks([5], [""], finish=None):
+        stream.take(event)
+    stream.break_off()
+    (event,) = chunks([7], ["c"])
+    assert stream.take(event | {"progressive_exact": True})[0]["progressive_exact"] is True
 
 
 def test_a_chat_begins_once():
@@ -478,6 +526,9 @@ def test_a_checkpoint_in_an_object_store(agent, split_tiny, bucket):
 
 def test_a_node_without_what_it_needs(agent, split_tiny, tmp_path, monkeypatch):
     assert agent(tmp_path).models["m"].problem == f"{tmp_path} is no progressive checkpoint here (FileNotFoundError)"
+    other = Path(shutil.copytree(split_tiny, tmp_path / "other"))
+    (other / "progressive.json").write_text('{"format_version": 3, "stages": []}')
+    assert agent(other).models["m"].problem == f"{other}: format_version 3, known are (1, 2)"
     assert agent(split_tiny, server="none.py").models["m"].problem == "none.py is not there"
     monkeypatch.setattr(serve_fleet.importlib.util, "find_spec", lambda name: None)
     assert agent(split_tiny, server=str(ROOT / "progressive_serve.py")).models["m"].problem == "vLLM is not installed"
@@ -551,11 +602,18 @@ def run_fleet(monkeypatch, capsys):
         (["a/m", "b/m"], "two models are called m: name one of them with NAME=CKPT"),
         (["CKPT", "--address", "127.0.0.1:1"], "Ray"),
         (["ftp://host/m"], "ftp://host/m: a checkpoint is a folder, or at s3:// or gs://"),
+        (["CKPT", "--min-stage", "latest"], "latest is no stage"),
+        (["CKPT", "--min-stage", "0"], "0 is no stage"),
+        (["CKPT", "--hf-token", "hf-SECRET"], "--hf-token ***: everybody can see"),
+        (["CKPT", "--api_key=SECRET"], "VLLM_API_KEY"),
+        (["CKPT", "--write-config", "no.yaml", "--hf-token=SECRET"], "HF_TOKEN"),
+        (["CKPT", "--model-loader-extra-config", '{"password": "SECRET"}'], '{"password": ***}'),
+        (["m=s3://me:SECRET@bucket/m"], "s3://***@bucket/m"),
     ],
 )
 def test_bad_input(run_fleet, arguments, said):
     status, errors = run_fleet(*arguments)
-    assert status == 2 and said in errors, errors
+    assert status == 2 and said in errors and "SECRET" not in errors, errors
 
 
 def test_without_ray(tmp_path):
@@ -575,6 +633,69 @@ def test_config_for_serve_deploy(run_fleet, tmp_path):
     assert app.import_path == "serve_fleet:build" and app.args["options"] == ["--max-model-len", "64"]
     assert app.args["idle"] == 5.0 and Path(app.args["server"]).is_file()
     assert serve_fleet.build(app.args) is not None
+    assert "api_key" not in app.args and app.args["api_key_variable"] is None
+
+
+@pytest.mark.parametrize("options, environ", [([], {"VLLM_API_KEY": "sk-SECRET"}), (["--api-key", "sk-SECRET"], {})])
+def test_a_config_names_the_variable_of_the_key(options, environ, run_fleet, tmp_path, monkeypatch):
+    import yaml
+
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "fleet.yaml"
+    status, errors = run_fleet("m=somewhere", "--write-config", path, "--min-stage", "last", *options)
+    assert status == 0, errors
+    assert "SECRET" not in path.read_text()
+    (app,) = yaml.safe_load(path.read_text())["applications"]
+    settings = Settings(**app["args"])
+    assert (settings.api_key_variable, settings.min_stage) == ("VLLM_API_KEY", "last")
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    assert serve_fleet.key_of_clients(settings) == "another"
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(RuntimeError, match="VLLM_API_KEY is not set"):
+        serve_fleet.key_of_clients(settings)
+
+
+def test_a_key_is_in_no_text():
+    """Of settings and engines, which errors and logs may show."""
+    settings = Settings({"m": "m"}, api_key="SECRET")
+    engine = Engine("e", "m", "http://e", 1, key="SECRET")
+    assert "SECRET" not in f"{settings} {engine} {Node('n', 'a', 1, 1.0, engines=[engine])} {settings.version()}"
+
+
+@pytest.mark.parametrize(
+    "header, right",
+    [
+        ("Bearer k€y", True),
+        ("bearer k€y", True),
+        ("Bearer key", False),
+        ("k€y", False),
+        ("Basic k€y", False),
+        ("", False),
+    ],
+)
+def test_keys_are_compared_as_vllm_does(header, right):
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    assert serve_fleet.has_key(header, "k€y") is right
+    ascii_header = header.replace("€", "e-")  # a header of Starlette has no other letters
+    middleware = AuthenticationMiddleware(None, ["ke-y"])
+    assert middleware.verify_token(Headers({"Authorization": ascii_header})) is right
+
+
+@pytest.mark.parametrize("address, listens_at", [("192.0.2.1", "127.0.0.1"), ("192.0.2.2", "192.0.2.2")])
+def test_engines_of_the_own_machine_listen_for_it_alone(address, listens_at, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        serve_fleet.ray,
+        "remote",
+        lambda _: SimpleNamespace(options=lambda **__: SimpleNamespace(remote=lambda *given: made.append(given))),
+    )
+    nodes = SimpleNamespace(settings=Settings({"m": "m"}), address="192.0.2.1", slots=lambda _: 1)
+    serve_fleet.Nodes.agent(nodes, {"NodeID": "n", "NodeManagerAddress": address, "Resources": {}})
+    assert made == [(nodes.settings, "n", listens_at, 1)]
 
 
 AGENT = """
@@ -684,6 +805,8 @@ def test_what_is_refused(fleet):
     before = fleet.count("requests")
     assert requests.post(f"{fleet.url}/v1/completions", json={"prompt": "x"}, timeout=60).status_code == 401
     assert requests.get(f"{fleet.url}/v1/models", timeout=60).status_code == 401
+    wrong = {"Authorization": f"Bearer {KEY}x"}
+    assert requests.get(f"{fleet.url}/v1/models", headers=wrong, timeout=60).status_code == 401
     models = requests.get(f"{fleet.url}/v1/models", headers=fleet.headers, timeout=60).json()["data"]
     assert [model["id"] for model in models] == ["m", "burst"]
     answer = fleet.ask(model="none")
@@ -697,28 +820,44 @@ def test_what_is_refused(fleet):
     assert fleet.ask().ok and fleet.count("requests") == before + 1
 
 
-def stream_and(fleet, checkpoint: Path, harm) -> None:
+def stream_and(fleet, checkpoint: Path, harm, **options) -> list[dict]:
     """Some streams, of which none is over when `harm` is done, as each is held at its 40th token.
 
-    Their texts are the undisturbed ones'.
+    Their texts are the undisturbed ones'. Returns the last event of each.
     """
     began, count = [threading.Event() for _ in range(STREAMS)], 150
     with ThreadPoolExecutor(STREAMS) as pool:
         with behaving(checkpoint, tokens=40):
-            streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one]) for one in range(STREAMS)]
+            streams = [pool.submit(fleet.stream, f"harm {one}", count, began[one], **options) for one in range(STREAMS)]
             assert all(event.wait(120) for event in began)
             harm()
         answers = [stream.result() for stream in streams]
     assert [text for text, _ in answers] == [undisturbed(f"harm {one}", count) for one in range(STREAMS)]
     for _, events in answers:
         assert len({event["id"] for event in events}) == 1
+    return [events[-1] for _, events in answers]
 
 
 @pytest.mark.server
 def test_streams_go_on_when_their_engine_is_killed(fleet, checkpoints):
+    """Those that wait for the full model are of the full model."""
     before = fleet.count("lost")
-    stream_and(fleet, checkpoints["m"], lambda: engine_process(fleet.busiest()).kill())
+    ends = stream_and(fleet, checkpoints["m"], lambda: engine_process(fleet.busiest()).kill(), min_stage="last")
     assert fleet.count("lost") > before
+    assert [(end["progressive_stage"], end["progressive_exact"]) for end in ends] == [(3, True)] * STREAMS
+
+
+@pytest.mark.server
+def test_an_answer_of_which_an_early_stage_has_begun_is_not_exact(fleet, checkpoints):
+    began = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with behaving(checkpoints["m"], tokens=5, stage=1):
+            stream = pool.submit(fleet.stream, "early stage", 20, began)
+            assert began.wait(120)
+            engine_process(fleet.busiest()).kill()
+        text, events = stream.result()
+    assert text == undisturbed("early stage", 20)
+    assert events[-1]["progressive_exact"] is False
 
 
 def answering(engine: dict) -> int:
@@ -915,7 +1054,8 @@ def on_one_machine(marked, short_tmp):
         return processes_with("TMPDIR", str(short_tmp))
 
     def start(*arguments) -> tuple[Fleet, object]:
-        fleets.append(Fleet(None, short_tmp / "log", *arguments, *WITHOUT_MODEL, TMPDIR=str(short_tmp)))
+        environ = {"TMPDIR": str(short_tmp), "http_proxy": "http://127.0.0.1:9"}  # where nobody listens
+        fleets.append(Fleet(None, short_tmp / "log", *arguments, *WITHOUT_MODEL, **environ))
         # Until then it waits in a call of Ray's, which alone would end it, after a minute.
         fleets[0].wait(lambda: "listening at" in fleets[0].log.read_text(), "it listens")
         return fleets[0], ours
@@ -933,22 +1073,40 @@ def are_engines(processes: list[psutil.Process]) -> bool:
     return any("fake_engine" in command_of(process) for process in processes)
 
 
+def check_that_engines_are_ours_alone(fleet: Fleet, processes: list[psutil.Process]) -> None:
+    """Though clients of this fleet need no key: engines listen for this machine alone, and want one that is nowhere."""
+    (engine,) = fleet.engines()
+    assert engine["url"].startswith("http://127.0.0.1:")
+    key, body = engine_process(engine).environ()["VLLM_API_KEY"], {"prompt": "x", "max_tokens": 1}
+    asked = [
+        requests.post(f"{engine['url']}/v1/completions", json=body, headers=headers, timeout=60).status_code
+        for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": f"Bearer {key}"})
+    ]
+    assert asked == [401, 401, 200] and len(key) >= 43  # 256 bits
+    shown = [*map(command_of, processes), fleet.log.read_text(), json.dumps(fleet.state())]
+    assert [text for text in shown if key in text] == []
+
+
 @pytest.mark.server
 def test_from_zero_and_back_until_ray_ends(on_one_machine, checkpoints):
     fleet, ours = on_one_machine(f"m={checkpoints['m']}", "--idle", 2)
     assert fleet.engines() == []
     with ThreadPoolExecutor(1) as pool:
         with behaving(checkpoints["m"], stage=1):
-            waits = pool.submit(fleet.ask, min_stage=3)
+            waits = pool.submit(fleet.ask, min_stage="last")
             fleet.wait(lambda: any(map(answering, fleet.engines())), "an engine has the request")
             answer = fleet.ask()  # nobody is kept by who waits
             assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == undisturbed("one two", 4)
             assert answer.headers["X-Progressive-Stage"] == "1" and not waits.done()
+            assert answer.json()["progressive_exact"] is False
+            check_that_engines_are_ours_alone(fleet, ours())
+            fleet.wait(lambda: "m stage 1/3" in fleet.log.read_text(), "the terminal says so")
             text, events = fleet.stream("three four", 6, stream_options={"include_usage": True})
             assert text == undisturbed("three four", 6)
             assert events[-1]["usage"]["completion_tokens"] == 6 and len({event["id"] for event in events}) == 1
             assert len(fleet.engines()) == 1
-        assert waits.result().headers["X-Progressive-Stage"] == "3"
+        assert waits.result().headers["X-Progressive-Stage"] == "3" and waits.result().json()["progressive_exact"]
+    assert "/0" not in fleet.log.read_text()
     fleet.wait(lambda: fleet.engines() == [], "no engine runs")
     assert fleet.ask(min_stage=9).status_code == 400
     began = threading.Event()
