@@ -75,13 +75,13 @@ SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 DEMO_MODEL, DEMO_CHECKPOINT, DEMO_PLANES = Path("demo/model"), Path("demo/checkpoint"), Path("demo/planes")
 DEMO_CALIBRATION = DEMO_MODEL / "facts/calibration.txt"
 HUB_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1:validation"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 ALIGNMENT = 4096  # bytes; the block size that O_DIRECT asks for at most
 ERROR_SAMPLE = 8  # the error of planes is looked at in one chunk of so many
 CHUNK_BYTES = 1 << 20  # per read: what is hashed next is still in the core's L2 cache
 SEND_BYTES = 64 << 20  # per sendfile call
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+LEFT_NAMED = 8  # of the files that are left behind
 MIN_DOCUMENT_TOKENS = 8  # what is shorter is a heading or a stray line
 FORWARD_BATCH_TOKENS = 2048  # the MLP's intermediate activations are then 60 MB each in LLaMA-3-8B
 
@@ -98,7 +98,14 @@ LAYER_MODULES = (
     "mlp.down_proj",
 )
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # safetensors' names: torch's names
-SIDE_FILE_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+INDEX = "model.safetensors.index.json"
+MISTRAL_WEIGHTS = "consolidated*.safetensors"  # which vLLM prefers to any other (0.32: default_loader.py:164)
+OURS = ("progressive.json", "adapters", "pruning", "planes")  # what a progressive checkpoint has beside the model
+QUANTIZED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # where vLLM looks beside config.json
+IGNORED = re.compile(
+    r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+)  # vLLM computes these (0.32: models/utils.py:236)
 LOCK = ".lock"
 HELP_DETAILS = f"""\
 TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
@@ -199,12 +206,18 @@ class Checkpoint:
         """
         self.folder, self.name = folder, name
         self.config = read_config(folder, any_architecture)
+        check_names(folder)
         self.weight_files = list_weight_files(folder)
         self.tensors: dict[str, Tensor] = {}
         for path in self.weight_files:
-            self.tensors |= read_header(path)
+            tensors = read_header(path)
+            if twice := sorted(self.tensors.keys() & tensors.keys()):
+                first = self.tensors[twice[0]].path
+                raise UsageError(f"{twice[0]} is in {first} and in {path.name}: move away the file that is stale")
+            self.tensors |= tensors
         if not any_architecture:
             check_tensors(self)
+        check_shapes(self)
 
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The tensor's bytes [start, stop), in order; a chunk is valid until the next one is asked for."""
@@ -213,7 +226,10 @@ class Checkpoint:
         buffer = memoryview(bytearray(min(CHUNK_BYTES, stop - start)))
         with tensor.path.open("rb", buffering=0) as file:
             while start < stop:
-                got = os.preadv(file.fileno(), [buffer[: stop - start]], tensor.offset + start)
+                try:
+                    got = os.preadv(file.fileno(), [buffer[: stop - start]], tensor.offset + start)
+                except OSError as error:
+                    raise UsageError(f"{tensor.path} cannot be read ({error.strerror}): copy it again") from error
                 if got == 0:
                     raise UsageError(f"{tensor.path} became shorter while it was read: restore it and run again")
                 yield buffer[:got]
@@ -225,23 +241,25 @@ class Checkpoint:
         with tensor.path.open("rb", buffering=0) as file:
             while sent < tensor.nbytes:
                 count = min(SEND_BYTES, tensor.nbytes - sent)
-                got = os.sendfile(out.fileno(), file.fileno(), tensor.offset + sent, count)
+                try:
+                    got = os.sendfile(out.fileno(), file.fileno(), tensor.offset + sent, count)
+                except OSError:  # of a file system that cannot: GPFS says EINVAL, Lustre ENODATA
+                    for chunk in self.chunks(name, sent):
+                        write_all(out, chunk)
+                    return
                 if got == 0:
                     raise UsageError(f"{tensor.path} became shorter while it was read: restore it and run again")
                 sent += got
 
     def copy_side_files(self, folder: Path) -> None:
-        """Copy config, generation config and tokenizer files, untouched."""
-        for path in sorted(self.folder.iterdir()):
-            is_ours = path.name == "progressive.json" or path.name.endswith(".index.json")
-            if path.is_file() and path.suffix in SIDE_FILE_SUFFIXES and not is_ours:
-                shutil.copyfile(path, folder / path.name)
+        """Copy config, tokenizer, templates, code, licence: all that is not weights, untouched."""
+        copy_side_files(self.folder, folder, self.weight_files)
 
     def load_tokenizer(self):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"no tokenizer in {self.folder} ({reason}): add it, or choose --layers") from error
@@ -349,7 +367,7 @@ Source = Checkpoint | SyntheticModel | AtStage
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_text(encoding="utf-8"))  # with a byte order mark transformers refuses it, too
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as JSON ({error}): download the checkpoint again") from error
     if not isinstance(content, dict):
@@ -373,28 +391,56 @@ def read_config(folder: Path, any_architecture: bool) -> dict:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: MODEL must be a Hugging Face checkpoint folder")
     config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES and not any_architecture:
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+        raise UsageError(f"{folder / 'config.json'} names no architectures: add [{SUPPORTED_ARCHITECTURES[0]!r}], say")
+    if architectures[0] not in SUPPORTED_ARCHITECTURES and not any_architecture:
         raise UsageError(
-            f"architecture {architecture} in {folder / 'config.json'} is not supported:\n"
+            f"architecture {architectures[0]} in {folder / 'config.json'} is not supported:\n"
             f"choose a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}, or --planes, which take any"
         )
+    for where in (config, config.get("text_config") or {}):
+        if quantized := where.get("quantization_config") or where.get("compression_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise UsageError(
+                f"{folder / 'config.json'}: quantization_config {method}: stages are of unquantised weights; take those"
+            )
+    for name in QUANTIZED:
+        if (folder / name).is_file():
+            raise UsageError(f"{folder} has a {name}: stages are of unquantised weights; take those")
     if not isinstance(config.get("num_hidden_layers"), int):
         raise UsageError(f"{folder / 'config.json'} names no num_hidden_layers: download the checkpoint again")
     return config
 
 
+def check_names(folder: Path) -> None:
+    """Raises UsageError where something of the model has a name that the checkpoint gives to something else."""
+    if (folder / "progressive.json").is_file():  # it is a checkpoint of ours, whose additions stay behind
+        return
+    for name in OURS:
+        if (folder / name).exists():
+            raise UsageError(f"{folder / name} would be taken for the checkpoint's own {name}: rename it")
+
+
 def list_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, checked to be there. Raises UsageError."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files that vLLM would load, checked to be there. Raises UsageError."""
+    files, index = sorted(folder.glob("*.safetensors")), folder / INDEX
+    if of_mistral := sorted(folder.glob(MISTRAL_WEIGHTS)):
+        others = [path.name for path in files if path not in of_mistral] or ["weights in transformers' format"]
+        raise UsageError(
+            f"{folder} has {of_mistral[0].name}, which vLLM would load rather than {others[0]}:\n"
+            "move one of them away; stages are made of the latter"
+        )
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UsageError(f"{index} names no files: download it again, or remove it")
+        for name in map(str, weight_map.values()):
             if name != os.path.basename(name) or not (folder / name).is_file():
                 raise UsageError(f"{index} names {name}, which is not in {folder}: download the missing shard")
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    if files:
+        return files
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         raise UsageError(
@@ -402,6 +448,34 @@ def list_weight_files(folder: Path) -> list[Path]:
             "with transformers: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW)"
         )
     raise UsageError(f"{folder} has neither model.safetensors nor {index.name}: download the weights")
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a model's folder, named from there, is neither weights nor hidden: it goes along with them."""
+    return not name.endswith(WEIGHT_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def copy_side_files(source: Path, folder: Path, weights: Collection[Path]) -> None:
+    """Copy what goes along with the weights of a model, with its folders, and say which other files are left behind.
+
+    What this project has added to a checkpoint stays with that; other checkpoints below the source are none of it.
+    """
+    ours = OURS if (source / "progressive.json").is_file() else ()
+    others = {path.parent for path in source.rglob("progressive.json")} - {source}
+    left = []
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = path.relative_to(source)
+        if name.parts[0] in ours or others.intersection(path.parents):
+            continue
+        if is_side_file(name.as_posix()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        elif path not in weights and path.name != INDEX:
+            left.append(next((part for part in name.parts if part.startswith(".")), name.as_posix()))
+    if left:
+        names = list(dict.fromkeys(left))
+        more = f" and {len(names) - LEFT_NAMED} more" if len(names) > LEFT_NAMED else ""
+        print(f"left behind: {', '.join(names[:LEFT_NAMED])}{more}")
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -450,10 +524,51 @@ def check_tensors(source: Checkpoint) -> None:
             f"{source.folder} has weights of layer {max(layers)}, but config.json num_hidden_layers={num_layers}:\n"
             "config and weights must be of one model"
         )
-    if weight_dtype(source) not in DTYPES:
-        raise UsageError(
-            f"{source.folder} is stored as {weight_dtype(source)}: choose a checkpoint in {', '.join(DTYPES.values())}"
+    for name in sorted(source.tensors.keys() - expected - {"lm_head.weight"}):  # biases are known to vLLM, or ignored
+        if not name.endswith(".bias") and not IGNORED.search(name):
+            raise UsageError(f"{name} is no weight of a {source.config['architectures'][0]}: convert the model first")
+    for name in sorted(expected):
+        check_dtype(name, source.tensors[name], DTYPES)
+
+
+def check_dtype(name: str, tensor: Tensor, known: Collection[str]) -> None:
+    """Raises UsageError for numbers that are no weights as they are, such as those of a quantised model."""
+    if tensor.dtype not in known:
+        raise UsageError(f"{name} is stored as {tensor.dtype}: choose a checkpoint in {', '.join(DTYPES.values())}")
+
+
+def check_shapes(source: Checkpoint) -> None:
+    """Raises UsageError for weights in integers, and for a shape that is not what config.json says, where it is known.
+
+    vLLM asserts the shapes while it loads, without a word. The rows of the embedding hold for any architecture.
+    """
+    config = source.config.get("text_config") or source.config
+    hidden, mlp, heads = (config.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    kv_heads, head = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    head = head or (hidden and heads and hidden // heads)
+    queries, keys = heads and head and heads * head, kv_heads and head and kv_heads * head
+    expected = {
+        "embed_tokens.weight": (config.get("vocab_size"), hidden),
+        "lm_head.weight": (config.get("vocab_size"), hidden),
+    }
+    if source.config["architectures"][0] in SUPPORTED_ARCHITECTURES:
+        shapes = [(hidden,), (queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (hidden,)]
+        shapes += [(mlp, hidden), (mlp, hidden), (hidden, mlp)]
+        expected |= {f"{module}.weight": shape for module, shape in zip(LAYER_MODULES, shapes, strict=True)}
+        expected["norm.weight"] = (hidden,)
+    for name, tensor in source.tensors.items():
+        if name.endswith("weight"):
+            check_dtype(name, tensor, (*DTYPES, "F64"))
+        ending = next((ending for ending in expected if f".{name}".endswith(f".{ending}")), None)
+        shape = expected.get(ending, tensor.shape)
+        fits = len(shape) == len(tensor.shape) and all(
+            size in (None, found) for size, found in zip(shape, tensor.shape, strict=False)
         )
+        if not fits:
+            raise UsageError(
+                f"{name} has shape {list(tensor.shape)}, and config.json says {list(shape)} (vocab_size, hidden_size\n"
+                "and their like): config and weights must be of one model"
+            )
 
 
 def weight_dtype(source: Source) -> str:
@@ -494,7 +609,8 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+        others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix not in (".safetensors", ".index.json")]
+        return Path(snapshot_download(hub_id, ignore_patterns=[*others, MISTRAL_WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{hub_id} is no folder here, and the Hugging Face Hub does not give it ({type(error).__name__}):\n"
@@ -526,7 +642,7 @@ def read_documents(calibration: str) -> Iterator[str]:
     path = Path(calibration)
     if path.is_file():
         try:
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 yield from lines
         except ValueError as error:
             raise UsageError(f"--calibration {path} is no UTF-8 text ({error}): give a plain text file") from error
@@ -544,6 +660,15 @@ def read_documents(calibration: str) -> Iterator[str]:
         ) from error
 
 
+def tokenize(tokenizer, text: str) -> list[int]:
+    """The tokens of a document, without what a tokenizer appends to it: that would be scored as its end."""
+    encoded = tokenizer(text.strip(), verbose=False, return_special_tokens_mask=True)
+    tokens, is_added = encoded["input_ids"], encoded["special_tokens_mask"]
+    while tokens and is_added[len(tokens) - 1]:
+        tokens = tokens[:-1]
+    return tokens
+
+
 def sample_tokens(source: Source, calibration: str, samples: int, seq_len: int) -> list[np.ndarray]:
     """The first `samples` documents, tokenised and cut to seq_len, as arrays [documents, length], one for each length.
 
@@ -552,7 +677,7 @@ def sample_tokens(source: Source, calibration: str, samples: int, seq_len: int) 
     if not Path(calibration).is_file() and not is_hub_id(calibration.split(":")[0]):
         raise UsageError(f"no such file: {calibration} (--calibration is a text file or ORG/NAME[:CONFIG[:SPLIT]])")
     tokenizer, groups = source.load_tokenizer(), {}
-    documents = (tokenizer(text.strip(), verbose=False)["input_ids"] for text in read_documents(calibration))
+    documents = (tokenize(tokenizer, text) for text in read_documents(calibration))
     for tokens in itertools.islice((tokens for tokens in documents if len(tokens) >= MIN_DOCUMENT_TOKENS), samples):
         groups.setdefault(min(len(tokens), seq_len), []).append(tokens[:seq_len])
     if not groups:
@@ -764,8 +889,8 @@ def parse_prune(prune: int | None, num_layers: int) -> int:
     return count
 
 
-def choose_block(source: Source, args: argparse.Namespace) -> Pruning:
-    """The block of layers that stage 1 leaves out: chosen by hand, by angular distance, or fixed. Raises UsageError."""
+def place_block(source: Source, args: argparse.Namespace) -> tuple[str, int, int]:
+    """(how it is chosen, first, last) of the block of layers that stage 1 leaves out, before any is scored."""
     num_layers = source.config["num_hidden_layers"]
     if args.layers is not None:
         first, last = parse_layers(args.layers, num_layers)
@@ -778,6 +903,13 @@ def choose_block(source: Source, args: argparse.Namespace) -> Pruning:
         raise UsageError(
             f"--stages {args.stages}: {count} pruned layers allow 2 to {count + 1} stages, one layer or more each"
         )
+    return method, first, last
+
+
+def choose_block(source: Source, args: argparse.Namespace) -> Pruning:
+    """The block of layers that stage 1 leaves out: chosen by hand, by angular distance, or fixed. Raises UsageError."""
+    method, first, last = place_block(source, args)
+    count = last - first + 1
     if method != "angular_distance" and args.calibration is None:
         return Pruning(method, first, last)
     text = args.calibration or (str(DEMO_CALIBRATION) if args.model == str(DEMO_MODEL) else HUB_CALIBRATION)
@@ -1033,7 +1165,7 @@ def write_stages(source: Source, stages: list[Stage], folder: Path) -> list[dict
             nbytes = sum(file["bytes"] for file in files)
             rows.append(dict(stage=stage.number, kind="layers", layers=stage.layers, bytes=nbytes, files=files))
     index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
     return rows
 
 
@@ -1235,18 +1367,33 @@ def print_planes(source: Source, planes: Planes) -> None:
             print(f"  {nbytes:,} bytes of matrices in {dtype} do not gain: they come as they are, with stage 1")
 
 
-def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> tuple[list[dict], dict]:
+def compares_with_layers(source: Source, args: argparse.Namespace) -> bool:
+    """Whether stages of layers can be measured beside planes. Raises UsageError for options that they cannot have."""
+    try:
+        place_block(source, args)
+    except UsageError as error:
+        if args.prune is not None or args.layers is not None:
+            raise
+        print(f"no comparison with stages of layers: {error}")
+        return False
+    return True
+
+
+def measure_planes(
+    source: Source, planes: Planes, batches: list[np.ndarray], with_layers: bool, args: argparse.Namespace
+) -> tuple[list[dict], dict]:
     """Rows (kind, stage, share of the bytes, perplexity): of these stages, and of layers as they would be left out.
 
     And the manifest's row of the text.
     """
-    batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
     total, bits = sum(tensor.nbytes for tensor in source.tensors.values()), [stage.bits for stage in planes.stages]
-    pruning = choose_block(source, args)
-    layers = plan_stages(source, pruning, args.stages, math.inf)
-    block = range(pruning.first, pruning.last + 1)
+    layers, block = [], set()
+    if with_layers:
+        pruning = choose_block(source, args)
+        layers = plan_stages(source, pruning, args.stages, math.inf)
+        block = {*range(pruning.first, pruning.last + 1)}
     rows, shares = [], itertools.accumulate(stage.nbytes / total for stage in planes.stages)
-    with tqdm(total=len(planes.stages) + len(layers) - 1, desc="perplexity", unit="stage") as progress:
+    with tqdm(total=len(planes.stages) + max(0, len(layers) - 1), desc="perplexity", unit="stage") as progress:
         for stage, share in zip(planes.stages, shares, strict=True):
             at_stage = AtStage(source, bits, stage.number, planes.coded)
             perplexity = compute_perplexity(at_stage, batches)
@@ -1255,7 +1402,7 @@ def measure_planes(source: Source, planes: Planes, args: argparse.Namespace) -> 
         for number in range(1, len(layers)):
             there = {layer for stage in layers[:number] for layer in stage.layers}
             share = sum(stage.nbytes for stage in layers[:number]) / total
-            perplexity = compute_perplexity(source, batches, set(block) - there)
+            perplexity = compute_perplexity(source, batches, block - there)
             rows.append(dict(kind="layers", stage=number, share=share, perplexity=perplexity))
             progress.update()
     print()
@@ -1329,17 +1476,14 @@ def restore(checkpoint: Path, folder: Path) -> None:
     ) as progress:
         for file_name, row in files.items():
             restore_file(folder / file_name, row, stages, progress)
-    names = {path.name for stage in paths for path in stage} | {"progressive.json"}
-    for path in checkpoint.iterdir():
-        if path.is_file() and path.suffix in SIDE_FILE_SUFFIXES and path.name not in names:
-            shutil.copyfile(path, folder / path.name)
+    copy_side_files(checkpoint, folder, list(itertools.chain(*paths)))
     if len(files) > 1:
         weight_map = {
             name: file for file, row in files.items() for name in json.loads(row["header"]) if name[:2] != "__"
         }
         total = sum(row["bytes"] - 8 - len(row["header"].encode()) for row in files.values())
         index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
 
 
 def restore_file(path: Path, row: dict, stages: list[dict[str, Tensor]], progress: tqdm) -> None:
@@ -1409,7 +1553,11 @@ def write_pruning(source: Source, pruning: Pruning, folder: Path) -> None:
     lines = ["slices:"]
     for begin, end in slices:
         if begin < end:  # the block may start at layer 0
-            lines += ["  - sources:", f"      - model: {source.name}", f"        layer_range: [{begin}, {end}]"]
+            lines += [
+                "  - sources:",
+                f"      - model: {json.dumps(source.name)}",
+                f"        layer_range: [{begin}, {end}]",
+            ]
     lines += ["merge_method: passthrough", f"dtype: {DTYPES[weight_dtype(source)]}"]
     (folder / "mergekit.yaml").write_text("\n".join(lines) + "\n")
 
@@ -1599,11 +1747,15 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         raise UsageError(
             f"--calibration {args.calibration}: the perplexity of stages is for {known} only; leave it out"
         )
+    batches, with_layers = [], False
+    if args.calibration:
+        batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
+        with_layers = compares_with_layers(source, args)
     if args.plan_only:
         planes = code_planes(source, bits, None, math.inf)
         print_planes(source, planes)
         if args.calibration:
-            measure_planes(source, planes, args)
+            measure_planes(source, planes, batches, with_layers, args)
         return
     with whole_or_nothing(out, args.force) as folder:
         check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
@@ -1612,7 +1764,7 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         print_planes(source, planes)
         details, perplexity = {}, {}
         if args.calibration:
-            rows, details["calibration"] = measure_planes(source, planes, args)
+            rows, details["calibration"] = measure_planes(source, planes, batches, with_layers, args)
             write_measures(rows, folder / "planes")
             perplexity = {row["stage"]: dict(perplexity=row["perplexity"]) for row in rows if row["kind"] == "planes"}
         stages = [row | perplexity.get(row["stage"], {}) for row in planes.finish()]
@@ -1630,7 +1782,7 @@ def main() -> int:
             split_planes(open_source(args), out, args)
         else:
             split_layers(open_source(args), out, args)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # of a disk, too: none of them is mended by a traceback
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
     if not args.plan_only:

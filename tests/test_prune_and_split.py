@@ -4,6 +4,7 @@ No engine. About 15 seconds. A scoring run, killed runs and runs that fill a dis
 """
 
 import csv
+import errno
 import fcntl
 import json
 import math
@@ -19,9 +20,10 @@ import pytest
 import torch
 import yaml
 from blake3 import blake3
-from conftest import SPLIT, make_llama, run_main, run_patched, run_script
+from conftest import SPLIT, add_side_files, make_llama, run_main, run_patched, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -262,7 +264,6 @@ def test_index_and_manifest_agree_with_the_files(split):
 def test_side_files_are_copied_untouched(split):
     source, out = split
     kept = [name for name in list_names(source) if (source / name).is_file() and "safetensors" not in name]
-    kept.remove("README.md")
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(kept)
     for name in kept:
         assert (out / name).read_bytes() == (source / name).read_bytes()
@@ -401,6 +402,27 @@ def store_as_float64(model: Path) -> None:
     save_file(tensors, model / "model.safetensors")
 
 
+def edit_weights(change):
+    """change: what becomes of the tensors by name."""
+
+    def edit(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def halve_rows(name: str):
+    return edit_weights(lambda tensors: tensors.update({name: tensors[name][::2].contiguous()}))
+
+
+def beside(name: str, tensors: dict[str, torch.Tensor]):
+    """Another file of weights in the folder."""
+    return lambda model: save_file(tensors, model / name)
+
+
+MORE = {"model.norm.weight": torch.ones(128)}
 BAD_MODELS = {
     "no config": (drop_config, "config.json"),
     "garbage config": (lambda model: (model / "config.json").write_text("{"), "config.json"),
@@ -417,7 +439,35 @@ BAD_MODELS = {
     "garbage": (fill_with_garbage, "model.safetensors"),
     "json garbage": (fill_with_json_garbage, "model.safetensors"),
     "float64": (store_as_float64, "F64"),
+    "one norm in float64": (
+        edit_weights(lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].double()})),
+        "model.norm.weight is stored as F64",
+    ),
+    "a byte order mark": (lambda model: (model / "config.json").write_text("\ufeff{}"), "BOM"),
+    "no name of an architecture": (change_config(architectures=[]), "names no architectures"),
+    "quantised": (change_config(quantization_config={"quant_method": "compressed-tensors"}), "compressed-tensors"),
+    "quantised within": (change_config(text_config={"quantization_config": {"quant_method": "fp8"}}), "fp8"),
+    "quantised, as it is said elsewhere": (
+        lambda model: (model / "hf_quant_config.json").write_text("{}"),
+        "hf_quant_config.json",
+    ),
+    "a row more than vocab_size": (change_config(vocab_size=511), "[512, 128], and config.json says [511, 128]"),
+    "another hidden_size": (change_config(hidden_size=64), "config.json says"),
+    "another number of heads": (change_config(num_key_value_heads=4), "[64, 128], and config.json says [128, 128]"),
+    "half of a matrix": (halve_rows("model.layers.2.mlp.up_proj.weight"), "model.layers.2.mlp.up_proj.weight"),
+    "a weight of another model": (
+        edit_weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(32)})),
+        "model.layers.0.self_attn.q_norm.weight is no weight",
+    ),
+    "a tensor twice": (beside("more.safetensors", MORE), "more.safetensors"),
+    "weights for Mistral's own loader": (beside("consolidated.safetensors", MORE), "consolidated.safetensors"),
+    "an index of nothing": (lambda model: (model / script.INDEX).write_text('{"weight_map": {}}'), "names no files"),
+    "a name of ours": (lambda model: (model / "pruning").mkdir(), "would be taken for the checkpoint's own pruning"),
 }
+BAD_ANYWHERE = (
+    *("no name of an architecture", "no architecture", "quantised", "a row more than vocab_size", "a tensor twice"),
+    *("weights for Mistral's own loader", "a name of ours"),
+)
 BAD_OPTIONS = {
     "layers out of range": ["--layers", "5-12"],
     "layers far out of range": ["--layers", "0-99999999999"],
@@ -451,6 +501,111 @@ def test_bad_model_is_refused(case, tiny, tmp_path):
     change(tmp_path / "model")
     result = run_main(script, "model", "out", "--layers", "3-4", cwd=tmp_path)
     check_refusal(result, tmp_path, ["model"], value)
+
+
+@pytest.mark.parametrize("case", BAD_ANYWHERE)
+def test_bad_model_is_refused_for_planes(case, tiny, tmp_path):
+    """Before anything is coded."""
+    change, value = BAD_MODELS[case]
+    shutil.copytree(tiny, tmp_path / "model")
+    change(tmp_path / "model")
+    result = run_main(script, "model", "out", "--planes", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["model"], value)
+
+
+def test_weights_are_those_that_vllm_loads(tiny, tmp_path):
+    """Of a single file that is stale, and of shards with an index, it takes the shards."""
+    from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
+
+    model = make_llama(tmp_path / "model", shard_size="1MB", num_hidden_layers=8, initializer_range=0.1)
+    shutil.copy(tiny / "model.safetensors", model / "model.safetensors")
+    shards = filter_duplicate_safetensors_files(list(map(str, model.glob("*.safetensors"))), str(model), script.INDEX)
+    assert len(shards) > 1
+    done = run_main(script, model, tmp_path / "out", "--layers", "3-4")
+    assert done.returncode == 0 and "left behind: model.safetensors" in done.stdout
+    found, expected = read_tensors(tmp_path / "out"), {}
+    for shard in shards:
+        expected |= load_file(shard)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    (model / "model.safetensors").unlink()
+    (model / script.INDEX).unlink()  # then it takes all that there are
+    assert run_main(script, model, tmp_path / "again", "--layers", "3-4").returncode == 0
+    assert read_tensors(tmp_path / "again").keys() == expected.keys()
+
+
+@pytest.mark.parametrize("options", [["--layers", "3-4"], ["--planes"]])
+def test_all_that_is_not_weights_goes_along(options, tiny, tmp_path):
+    """With its folders; what stays is named; and it comes back."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    names = add_side_files(model)
+    done = run_main(script, model, tmp_path / "out", *options)
+    assert "left behind: .cache, original/consolidated.00.pth, pytorch_model.bin\n" in done.stdout
+    folders = [tmp_path / "out"]
+    if "--planes" in options:
+        assert run_main(script, "--restore", tmp_path / "out", tmp_path / "restored").returncode == 0
+        folders.append(tmp_path / "restored")
+        assert not (tmp_path / "restored" / "progressive.json").exists()
+    for folder in folders:
+        assert [name for name in names if (folder / name).read_text() == f"{name}\n"] == names
+        assert not (folder / "pytorch_model.bin").exists() and not (folder / ".cache").exists()
+
+
+def test_checkpoint_below_its_model_is_no_part_of_it(tiny, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    for _ in range(2):
+        assert run_main(script, model, model / "progressive", "--layers", "3-4", "--force").returncode == 0
+    assert not (model / "progressive" / "progressive").exists()
+
+
+def test_what_a_tokenizer_appends_is_not_scored(tiny):
+    """It would be the final token of every document, whose residual stream scores the layers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    plain = script.tokenize(tokenizer, " Who? ")
+    processor = TemplateProcessing(single="<300> $A <301>", special_tokens=[("<300>", 300), ("<301>", 301)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    assert script.tokenize(tokenizer, " Who? ") == [300, *plain]
+
+
+def test_tokenizer_with_code_of_its_own_is_refused_where_it_is_needed(tiny, tmp_path):
+    """Nobody is asked whether it may be run, and nothing waits for an answer."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (model / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "text").write_text(TEXT)
+    result = run_main(script, "model", "out", "--calibration", "text", cwd=tmp_path)
+    check_refusal(result, tmp_path, ["model", "text"], "tokenizer")
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENODATA])
+def test_file_system_without_sendfile(error, tiny, tmp_path, monkeypatch):
+    """GPFS refuses it so, and Lustre."""
+
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "sendfile", refuse)
+    done = run_main(script, tiny, tmp_path / "out", "--layers", "3-4")
+    assert done.returncode == 0, done.stderr
+    found, expected = read_tensors(tmp_path / "out"), read_tensors(tiny)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_disk_that_cannot_be_read_is_named(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    result = run_main(script, tiny, "out", "--planes", cwd=tmp_path)
+    assert result.returncode == 2 and "model.safetensors cannot be read (Input/output error)" in result.stderr
+    assert list_names(tmp_path) == []
+
+
+def test_mergekit_file_is_yaml_whatever_the_model_is_called(tiny, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "my model: v2 #1"))
+    assert run_main(script, model, tmp_path / "out", "--layers", "3-4").returncode == 0
+    slices = yaml.safe_load((tmp_path / "out" / "pruning" / "mergekit.yaml").read_text())["slices"]
+    assert {source["model"] for row in slices for source in row["sources"]} == {model.name}
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
