@@ -4471,6 +4471,9 @@ class Controller:
                 self.update()
             await self.transition(self.next_stage())
         self.due = None
+        await self.engine.collective_rpc(
+            "progressive_settle", args=(self.progress.active_stage,)
+        )  # nobody waits for it
         return True
 
     async def run(self) -> None:
@@ -4527,7 +4530,6 @@ class Controller:
         if stopped:
             self.tasks.add(task := asyncio.create_task(self.watch_stall(stage, stopped, began)))
             task.add_done_callback(self.tasks.discard)
-        await self.engine.collective_rpc("progressive_settle", args=(stage,))
 
     async def watch_stall(self, stage: int, stopped: dict[str, int], began: float) -> None:
         took = await self.stalls.watch(stopped, began)
