@@ -4471,9 +4471,8 @@ class Controller:
                 self.update()
             await self.transition(self.next_stage())
         self.due = None
-        await self.engine.collective_rpc(
-            "progressive_settle", args=(self.progress.active_stage,)
-        )  # nobody waits for it
+        # Whoever comes meanwhile has begun already.
+        await self.engine.collective_rpc("progressive_settle", args=(self.progress.active_stage,))
         return True
 
     async def run(self) -> None:
