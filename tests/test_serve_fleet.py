@@ -1149,18 +1149,21 @@ def test_nothing_is_left_of_a_fleet_on_one_machine(number, on_one_machine, check
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_serve_deploy(marked, run_fleet, split_tiny, tmp_path):
-    """As the README has it: a file, and Ray Serve's own command line."""
+def test_serve_deploy(marked, run_fleet, split_tiny, tmp_path, monkeypatch):
+    """As the README has it: a file, and Ray Serve's own command line. The key is that of the head's environment."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
     port, dashboard, config = free_port(), free_port(), tmp_path / "fleet.yaml"
     status, errors = run_fleet(f"m={split_tiny}", "--port", port, *WITHOUT_MODEL, "--idle", 5, "--write-config", config)
     assert status == 0, errors
+    assert KEY not in config.read_text()
     serve = str(Path(sys.executable).with_name("serve"))
     address = ["--address", f"http://127.0.0.1:{dashboard}"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def answers() -> bool:
-        body = {"prompt": "x", "max_tokens": 2}
-        return requests.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=120).ok
+        body, url = {"prompt": "x", "max_tokens": 2}, f"http://127.0.0.1:{port}/v1/completions"
+        assert requests.post(url, json=body, timeout=120).status_code == 401
+        return requests.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120).ok
 
     def engines() -> list[psutil.Process]:
         return [one for one in psutil.process_iter() if f"fake_engine.py {split_tiny}" in command_of(one)]
