@@ -4949,6 +4949,7 @@ def extend(app: FastAPI) -> None:
     for middleware in app.user_middleware:
         if middleware.cls is CORSMiddleware:
             middleware.kwargs["expose_headers"] = EXPOSED_HEADERS
+    app.middleware_stack = None  # vLLM has built it; Starlette does so anew
 
 
 # ---- options: what vLLM is started with (server) ----------------------------------------------------

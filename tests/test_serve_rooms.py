@@ -28,6 +28,7 @@ from conftest import add_adapter, edit_config, engine_config, run_script
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from servers import ROOT, SERVER
+from starlette.routing import Route
 
 TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 
@@ -397,6 +398,9 @@ class FakeAsyncLLM:
 
     errored = False
 
+    async def check_health(self):
+        pass
+
     def __init__(self, checkpoint: Path, journal: Path, ranks: int = 1, **stages):
         self.vllm_config, self.ranks = engine_config(checkpoint, journal, **stages), ranks
         self.output_processor = SimpleNamespace(request_states={})
@@ -493,6 +497,8 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 # ---- HTTP ------------------------------------------------------------------------------------------
 
 
+ASKED = {"prompt": "Hello", "max_tokens": 3}
+COMPLETIONS = "/v1/completions"
 TRAP = 'he said "finish_reason":"stop" and "choices":[]'  # in a text, where it ends nothing
 
 
@@ -519,23 +525,35 @@ async def echo(scope, receive, send):
 
 
 class Served:
-    """The HTTP room and the controller, with neither vLLM's application nor an engine; the test makes stages arrive."""
+    """vLLM's own application with what is added to it, and no engine; the test makes stages arrive.
 
-    def __init__(self, checkpoint: Path, folder: Path, app=echo, **stages):
+    options: of vLLM's server. app: answers where something would be computed.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, options=(), app=echo, **stages):
         import progressive_serve
 
-        self.engine = FakeAsyncLLM(checkpoint, folder / "journal", **stages)
-        self.middleware = progressive_serve.ProgressMiddleware(app)
+        self.engine, self.vllm = FakeAsyncLLM(checkpoint, folder / "journal", **stages), app
+        self.app = vllm_app(*options)
+        self.app.state.engine_client, self.app.state.log_stats = self.engine, False
+        for path in (COMPLETIONS, "/tokenize"):
+            self.app.router.routes.insert(0, Route(path, self, methods=["POST"]))
+        progressive_serve.extend(self.app)
+        self.controller = self.engine.controller
+        self.lifespan = self.app.router.lifespan_context(self.app)
+
+    async def __call__(self, scope, receive, send):
+        await self.vllm(scope, receive, send)
 
     async def __aenter__(self):
-        self.middleware.start(self.engine)
-        self.controller = self.middleware.controller
+        await self.lifespan.__aenter__()
         self.mark("start")
         return self
 
     async def __aexit__(self, *_):
-        for task in (self.middleware.transitions, self.middleware.engine_ended, *self.controller.tasks):
+        for task in (self.controller.transitions, self.controller.engine_ended, *self.controller.tasks):
             task.cancel()
+        await self.lifespan.__aexit__(None, None, None)
 
     def mark(self, event: str, **fields) -> None:
         self.controller.journal.mark(event, **fields)
@@ -555,31 +573,46 @@ class Served:
         await until(lambda: self.controller.progress.active_stage == stages[-1])
 
     async def ask(self, path: str, body=None, headers=(), method: str = "POST", gone=None) -> SimpleNamespace:
-        """An answer. body: is sent as JSON, bytes as they are. gone: an Event, set when the client hangs up."""
-        sent, gone = [], gone or asyncio.Event()
-        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        parts = [{"type": "http.request", "body": part} for part in (data[:5], data[5:])]
-        parts[0]["more_body"] = True
-        headers = [(b"content-length", b"%d" % len(data)), (b"content-type", b"application/json"), *headers]
-        path, _, query = path.partition("?")
-        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+        return await ask(self.app, path, body, headers, method, gone)
 
-        async def receive():
-            if parts:
-                return parts.pop(0)
-            await gone.wait()
-            return {"type": "http.disconnect"}
 
-        async def send(message):
-            sent.append(message)
+def vllm_app(*options: str):
+    """vLLM's application, as its server makes it."""
+    import progressive_serve
 
-        await self.middleware(scope, receive, send)
-        if not sent:
-            return SimpleNamespace(status=None)
-        found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        answer = b"".join(message.get("body", b"") for message in sent[1:])
-        assert found.get("content-length", str(len(answer))) == str(len(answer))
-        return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
+    _, entry = progressive_serve.vllm_server()
+    parser, _ = progressive_serve.server_parser()
+    return entry.build_app(parser.parse_args(options), ("generate",))
+
+
+async def ask(app, path: str, body=None, headers=(), method: str = "POST", gone=None) -> SimpleNamespace:
+    """An answer. body: is sent as JSON, bytes as they are. gone: an Event, set when the client hangs up."""
+    sent, gone = [], gone or asyncio.Event()
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    parts = [{"type": "http.request", "body": part} for part in (data[:5], data[5:])]
+    parts[0]["more_body"] = True
+    usual = [(b"content-length", b"%d" % len(data)), (b"content-type", b"application/json"), (b"host", b"here")]
+    names = {name.lower() for name, _ in headers}
+    headers = [*(row for row in usual if row[0] not in names), *((name.lower(), value) for name, value in headers)]
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+
+    async def receive():
+        if parts:
+            return parts.pop(0)
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app({"scheme": "http", **scope}, receive, send)
+    if not sent:
+        return SimpleNamespace(status=None)
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    answer = b"".join(message.get("body", b"") for message in sent[1:])
+    assert found.get("content-length", str(len(answer))) == str(len(answer)) or method == "HEAD"
+    return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
 
 
 async def until(what, seconds: float = 300) -> None:
@@ -592,6 +625,9 @@ async def until(what, seconds: float = 300) -> None:
 def served(split_tiny, tmp_path, monkeypatch):
     """Runs a coroutine function with a Served of the tiny checkpoint, made with these options."""
     import prometheus_client
+    from vllm.entrypoints.launchers.utils import server_utils
+
+    monkeypatch.setattr(server_utils, "freeze_gc_heap", lambda: None)  # of the tests' own heap
 
     def run(check, **options) -> None:
         monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry())
@@ -603,10 +639,6 @@ def served(split_tiny, tmp_path, monkeypatch):
         asyncio.run(main())
 
     return run
-
-
-ASKED = {"prompt": "Hello", "max_tokens": 3}
-COMPLETIONS = "/v1/completions"
 
 
 def test_request_waits_for_the_stage_that_it_wants(served):
@@ -652,7 +684,7 @@ def test_stage_that_is_none_is_refused(served):
             assert answer.status == 400, value
         for value in ("0", "x", ""):
             assert (await server.ask(f"/ready?stage={value}", method="GET")).status == 400
-        server.middleware.vllm = passed = Passed()
+        server.vllm = passed = Passed()
         await server.reach(1)
         for body in (b"", b"{", b"[]", b'"min_stage"', b"\xff min_stage", b'{"min_stage":' * 20000, b"[" * 99999):
             await server.ask(COMPLETIONS, body)
@@ -721,7 +753,7 @@ def test_no_request_is_answered_by_a_traceback(served):
 
     async def check(server):
         await server.reach(1, 2, 3)
-        server.middleware.vllm = passed = Passed()
+        server.vllm = passed = Passed()
         loop = asyncio.get_running_loop()
 
         @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
@@ -811,7 +843,7 @@ def test_answer_says_where_it_began_and_where_it_ended(served):
             await go_on.wait()
             await echo(scope, receive, send)
 
-        server.middleware.vllm = slow
+        server.vllm = slow
         bodies = (ASKED, {**ASKED, "stream": True})
         asked = [asyncio.create_task(server.ask(COMPLETIONS, body)) for body in bodies]
         await answered.wait()
@@ -847,7 +879,7 @@ def test_ready_from_a_stage_on(served):
         await server.reach(2)
         assert (await ready("?stage=2"), await ready("?stage=3")) == ((200, 2), (503, 2))
         server.engine.errored = True
-        await until(server.middleware.engine_ended.done)
+        await until(server.controller.engine_ended.done)
         assert await ready() == (503, 2)
 
     served(check)
@@ -901,7 +933,7 @@ def test_drained_transition_waits_for_running_requests(ends, served, monkeypatch
     async def check(server):
         go_on = asyncio.Event()
         await server.reach(1)
-        server.middleware.vllm = held_app(go_on)
+        server.vllm = held_app(go_on)
         first = asyncio.create_task(server.ask(COMPLETIONS, ASKED))
         await until(lambda: server.controller.answering == 1)
         server.bind(2)
@@ -984,7 +1016,7 @@ def test_server_that_drains_grows_until_everybody_is_answered(served):
     async def check(server):
         go_on = asyncio.Event()
         await server.reach(1)
-        server.middleware.vllm = held_app(go_on)
+        server.vllm = held_app(go_on)
         runs, waits = (asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": stage})) for stage in (1, 2))
         await until(lambda: (server.controller.answering, server.controller.waiting) == (1, 1))
         drained = asyncio.create_task(asyncio.to_thread(server.controller.drain, 3600.0))
@@ -996,7 +1028,7 @@ def test_server_that_drains_grows_until_everybody_is_answered(served):
         go_on.set()
         assert [(await answer).headers["x-progressive-stage"] for answer in (runs, waits)] == ["1", "2"]
         assert 0 < await drained < 3600
-        await until(server.middleware.transitions.done)
+        await until(server.controller.transitions.done)
         assert activated(server) == [1, 2]
         assert server.controller.drain(0.0) == 0.0
 
@@ -1014,7 +1046,7 @@ def test_transition_that_the_end_of_the_server_cuts_off_is_no_failure(served):
         await server.reach(1)
         server.engine.collective_rpc = has_ended
         server.bind(2)
-        await until(server.middleware.transitions.done)
+        await until(server.controller.transitions.done)
         assert server.controller.progress.error is None and server.controller.progress.active_stage == 1
 
     served(check)
@@ -1039,14 +1071,6 @@ def test_speed_of_recomputing_is_measured(served):
 
 def test_key_is_asked_for_before_anybody_waits(served):
     """vLLM's own check of --api-key stands before the stages; what operators ask is open, as /health is."""
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-
-    class Outer:
-        def __init__(self, app):
-            self.app = app
-
-        async def __call__(self, *arguments):
-            await self.app(*arguments)
 
     async def check(server):
         assert (await server.ask(COMPLETIONS, ASKED)).status == 401
@@ -1060,7 +1084,7 @@ def test_key_is_asked_for_before_anybody_waits(served):
         for path in ("/progress", "/ready", "/progress.html"):
             assert (await server.ask(path, method="GET")).status == 200
 
-    served(check, app=Outer(AuthenticationMiddleware(echo, ["secret"])))
+    served(check, options=["--api-key", "secret"])
 
 
 def test_page_needs_nothing_from_outside(served):
@@ -1093,7 +1117,7 @@ def test_requests_are_told_when_the_engine_has_ended(begun, served, monkeypatch)
                 cancelled.append(True)
 
         await server.reach(1)
-        server.middleware.vllm = never_ending
+        server.vllm = never_ending
         waits = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": 3}))
         answer = await server.ask(COMPLETIONS, ASKED)
         assert answer.status == (200 if begun else 503)
