@@ -163,6 +163,7 @@ DRAIN_SECONDS = 30.0  # that a transition waits for running requests, where it d
 STAGE_DELAY_SECONDS = 10.0  # that a transition waits for a better moment, where stalls are bounded
 STALL_WATCHED_SECONDS = 60.0  # after a transition, within which the requests that it recomputes have gone on
 STAGE_HEADER = b"x-progressive-stage"  # of a response: where it began
+EXPOSED = (b"access-control-expose-headers", b"X-Progressive-Stage, Retry-After")  # to pages of another origin
 MIN_STAGE_HEADER = "X-Progressive-Min-Stage"  # of a request: where it may begin
 MIN_STAGE = "min_stage"  # the same in its body
 LAST = "last"  # the same, for clients that do not know how many there are: the exact model
@@ -2615,7 +2616,6 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
 from safetensors import safe_open
 from starlette.datastructures import Headers
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
@@ -4290,8 +4290,11 @@ class Refused(Exception):
 
 
 def json_response(content: dict, status: int = 200, retry_after: float | None = None) -> JSONResponse:
-    headers = {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
-    return JSONResponse(content, status, headers)
+    response = JSONResponse(content, status)
+    if retry_after is not None:
+        response.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+        response.raw_headers.append(EXPOSED)
+    return response
 
 
 def first_failure(failures: list[str | None]) -> str:
@@ -4618,9 +4621,6 @@ ENDING_CHUNKS = re.compile(  # of a stream: those that end a choice, and the one
 )
 
 
-EXPOSED_HEADERS = ("X-Progressive-Stage", "Retry-After")  # that pages of another origin may read
-
-
 def with_length(message: dict, length: int) -> dict:
     """A message or a scope, whose body has become so long."""
     headers = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
@@ -4737,7 +4737,7 @@ class Answer:
     async def __call__(self, message: dict) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (STAGE_HEADER, str(self.began).encode())]
-            message = {**message, "headers": headers}
+            message = {**message, "headers": [*headers, EXPOSED]}
             content = Headers(raw=headers).get("content-type", "")
             if self.says_end and message["status"] == 200:
                 self.streams = content.startswith("text/event-stream")
@@ -4812,7 +4812,7 @@ class Metrics:
 
 
 class Gate:
-    """The innermost ASGI middleware: has requests wait for stages, and says in answers where they began and ended.
+    """ASGI middleware of vLLM's routes: has requests wait for stages, and says in answers where they began and ended.
 
     No dependency of a route could do it: a body changes on its way to vLLM, and another on its way back. All of vLLM's
     own middleware stands before it, so that nobody waits without a key, and CORS holds for what is refused here.
@@ -4940,16 +4940,11 @@ class Endpoints:
 
 
 def extend(app: FastAPI) -> None:
-    """Add to vLLM's application, which has its engine: a controller, the endpoints, the gate, and the headers."""
-    from starlette.middleware.cors import CORSMiddleware
-
+    """Add to vLLM's application, which has its engine: a controller, the endpoints, and the gate before all routes."""
     controller = Controller(app.state.engine_client)
     app.include_router(Endpoints(controller).router())
-    app.user_middleware.append(Middleware(Gate, controller=controller))  # add_middleware() would put it outermost
-    for middleware in app.user_middleware:
-        if middleware.cls is CORSMiddleware:
-            middleware.kwargs["expose_headers"] = EXPOSED_HEADERS
-    app.middleware_stack = None  # vLLM has built it; Starlette does so anew
+    # As Router(middleware=...) does it; vLLM has built the application's stack, whose metrics must not be made twice.
+    app.router.middleware_stack = Gate(app.router.middleware_stack, controller)
 
 
 # ---- options: what vLLM is started with (server) ----------------------------------------------------
