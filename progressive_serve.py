@@ -2531,6 +2531,7 @@ def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
     args, _ = parse_args(argv)
     try:
         if args.standby is not None:
+            temporary_folder()  # the imports need one
             standby = Standby(args.standby)
             prepare_imports()
             os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which starts its threads when it is loaded

@@ -105,14 +105,17 @@ def test_bad_arguments(arguments, named, split_tiny):
     assert not log_lines  # the log level reaches this process too
 
 
-def test_temporary_files_need_a_folder(split_tiny, monkeypatch):
-    """Where Python finds none; before anything has been started."""
+def test_temporary_files_need_a_folder(split_tiny, tmp_path, monkeypatch, capsys):
+    """Where Python finds none; before anything has been started, a server or a standby."""
     import progressive_serve
 
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
     with pytest.raises(progressive_serve.UsageError, match="set TMPDIR.*/proc/nowhere"):
         progressive_serve.start_reading(split_tiny, start=0.0)
+    with pytest.raises(SystemExit, match="2"):
+        progressive_serve.begin(["--standby", str(tmp_path / "S")])
+    assert "set TMPDIR" in capsys.readouterr().err and not (tmp_path / "S").exists()
 
 
 @pytest.fixture
