@@ -32,11 +32,12 @@ the bits of later stages sharpen the weights in place, while requests run, befor
 Every option after the checkpoint that is not listed by --help goes to vLLM's server unchanged, and every endpoint is
 vLLM's. The server listens as soon as the engine is up; a request that comes before the first stage waits. Added are:
     GET /progress, GET /progress.html       stages, timeline, error, as JSON and as a page that shows them filling
-    GET /ready, GET /ready?stage=K          200 from the first stage, or stage K, on; before that 503, and why
+    GET /ready, GET /ready?stage=K          200 from the first stage, or stage K or "last", on; before that 503, and why
     GET /metrics                            progressive_*, beside vLLM's own
     X-Progressive-Stage                     header of an answer: the stage at which it began
-    progressive_stage                       in its body, and in the last chunks of a stream: where it ended
-    X-Progressive-Min-Stage, "min_stage"    header of a request, or in its body: it waits for that stage
+    progressive_stage, progressive_exact    in its body, and in the last chunks of a stream: where it ended, and
+                                            whether every token is the exact model's
+    X-Progressive-Min-Stage, "min_stage"    header of a request, or in its body: it waits for that stage, or the "last"
 
 From Python (a notebook, a test), with the stages under your control:
     from progressive_serve import load_llm
@@ -48,11 +49,12 @@ How it is built: a reader process streams the stage files into memory that it sh
 them; of planes a decoder process makes tensors there, ahead of the workers; a model loader (vLLM's
 register_model_loader) leaves the model empty and binds each stage in the background, into parameters that never move; a
 LoRA adapter that belongs to a stage (train_adapters.py) is merged into the weights that it touches, which are bound
-anew, from the original bytes, when the stage is left; a worker extension opens the gates; an ASGI middleware runs the
-controller. The processes are joined by a journal, a file of JSON lines, which is also the timeline. What vLLM is to
-compile, a compiler process puts into vLLM's cache after the last stage, and the workers load it between two steps; on
-a GPU they capture its graphs then, one between two steps. A standby has imported everything, and forks servers for
-callers, who cannot tell them from servers of their own.
+anew, from the original bytes, when the stage is left; a worker extension opens the gates, when the controller says so,
+which runs beside vLLM's HTTP application; an ASGI middleware there has requests wait. The processes are joined by a
+journal, a file of JSON lines, which is also the timeline. What vLLM is to compile, a compiler process puts into vLLM's
+cache after the last stage, and the workers load it between two steps; on a GPU they capture its graphs then, one
+between two steps. A standby has imported everything, and forks servers for callers, who cannot tell them from servers
+of their own.
 """
 
 import argparse
@@ -97,7 +99,6 @@ import threading
 import time
 import traceback
 import types
-import urllib.parse
 import warnings
 import weakref
 from collections import Counter
@@ -168,9 +169,12 @@ DRAIN_SECONDS = 30.0  # that a transition waits for running requests, where it d
 STAGE_DELAY_SECONDS = 10.0  # that a transition waits for a better moment, where stalls are bounded
 STALL_WATCHED_SECONDS = 60.0  # after a transition, within which the requests that it recomputes have gone on
 STAGE_HEADER = b"x-progressive-stage"  # of a response: where it began
-MIN_STAGE_HEADER = b"x-progressive-min-stage"  # of a request: where it may begin
+EXPOSED = (b"access-control-expose-headers", b"X-Progressive-Stage, Retry-After")  # to pages of another origin
+MIN_STAGE_HEADER = "X-Progressive-Min-Stage"  # of a request: where it may begin
 MIN_STAGE = "min_stage"  # the same in its body
+LAST = "last"  # the same, for clients that do not know how many there are: the exact model
 END_STAGE = "progressive_stage"  # of an answer's body, and of a stream's last chunk: where it ended
+EXACT = "progressive_exact"  # beside it: whether every token is the exact model's
 MESSAGE_SIZE = 8  # bytes of the length that goes before what a caller sends to a standby
 STANDBY_SECONDS = 60.0  # how long a caller waits for a standby, which may still be importing, to start its server
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -1149,12 +1153,12 @@ class Arrivals:
         return min(self.resident_stage(), decoded)
 
     def seconds_until_resident(self, stage: int) -> float:
-        """Until the last byte of `stage` has arrived, at the pace so far."""
+        """Until the last byte of `stage` has arrived, at the pace so far; endless before there is one."""
         missing = sum(
             file.bytes - self.read.get(file.name, 0) for row in self.plan.stages[:stage] for file in row.files
         )
-        elapsed = time.monotonic() - self.start
-        return missing * elapsed / max(1, sum(self.read.values()))
+        arrived, elapsed = sum(self.read.values()), time.monotonic() - self.start
+        return missing * elapsed / arrived if arrived else math.inf
 
 
 @dataclass
@@ -1214,9 +1218,14 @@ class Progress(Arrivals):
         """The stage that is served, with all of its weights: nobody waits for bytes. 0: none."""
         return min(max(self.complete_at, default=0), self.last_stage())
 
-    def seconds_until(self, stage: int) -> float:
-        """Until `stage` is likely to be served: until its last byte, for what comes after is short."""
-        return 0.0 if stage in self.complete_at else max(1.0, self.seconds_until_resident(stage))
+    def is_exact(self) -> bool:
+        """Whether the exact model is served: the checkpoint's last stage, and not only the one that is held."""
+        return self.ready_stage() == self.plan.num_stages
+
+    def seconds_until(self, stage: int) -> float | None:
+        """Until `stage` is likely to be served: until its last byte, for what comes after is short. None: unknown."""
+        seconds = 0.0 if stage in self.complete_at else max(1.0, self.seconds_until_resident(stage))
+        return round(seconds, 1) if math.isfinite(seconds) else None
 
     def state_of(self, stage: Stage) -> str:
         """For GET /progress: absent, loading, resident or active."""
@@ -1245,6 +1254,7 @@ class Progress(Arrivals):
         return {
             "stage": max(self.complete_at, default=0),
             "num_stages": self.plan.num_stages,
+            "exact": self.is_exact(),
             "min_stage": self.serving.min_stage,
             "hold_stage": self.serving.hold_stage,
             "stages": rows,
@@ -1971,6 +1981,13 @@ def run_reader(job: ReadJob) -> int:
 # ---- launch: reader, buffer and journal of one server (server, before torch) ------------------------
 
 
+def remove_socket(path: str, inode: int) -> None:
+    """Remove the file of a socket, unless it is another's by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(path).st_ino == inode:
+            os.unlink(path)
+
+
 @dataclass
 class Launch:
     """What has been started for one server, and its end."""
@@ -1981,6 +1998,7 @@ class Launch:
     reader: subprocess.Popen
     memory: list[int]  # descriptors of the buffer and of the journal
     scratch: Path  # folder for the small files of a checkpoint in an object store, if it is one
+    socket: tuple[str, int] | None = None  # path and inode of --uds, once it is there
     closing: bool = False
     on_failure: Callable[[str], None] = lambda text: None  # called once, with the error, before any stage is served
 
@@ -2017,13 +2035,23 @@ class Launch:
         while self.memory:
             os.close(self.memory.pop())
         shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.socket:  # vLLM leaves it
+            remove_socket(*self.socket)
+
+
+def temporary_folder() -> Path:
+    """Raises UsageError where there is none."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise UsageError(f"no temporary files can be written: set TMPDIR to a folder that can ({error})") from error
 
 
 def start_reading(
     checkpoint: str | Path,
     *,
     start_stage: int | None = None,
-    min_stage: int | None = 1,
+    min_stage: int | str | None = 1,
     max_loss: float | None = None,
     hold_stage: int | None = None,
     adapters: bool = True,
@@ -2035,10 +2063,10 @@ def start_reading(
 ) -> Launch:
     """Start the reader process, the buffer and the journal. Raises UsageError for bad checkpoints, stages, adapters.
 
-    min_stage: nobody is answered below it; None: see choose_min_stage. lenient: leave out adapters that are bad. start:
-    time.monotonic() at which the server's process began.
+    min_stage: nobody is answered below it; LAST: the checkpoint's last; None: see choose_min_stage. lenient: leave out
+    adapters that are bad. start: time.monotonic() at which the server's process began.
     """
-    scratch = Path(tempfile.gettempdir()) / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
+    scratch = temporary_folder() / f"progressive-serve-{secrets.token_hex(8)}"  # made where it is needed
     try:
         location = locate(checkpoint, cache_dir, scratch)
         plan = read_plan(location.root)
@@ -2049,8 +2077,9 @@ def start_reading(
             raise UsageError(f"--hold-stage {hold_stage}: {checkpoint} has stages 1 to {plan.num_stages}")
         if min_stage is None:
             min_stage = min(choose_min_stage(plan, max_loss), hold_stage)
+        wanted, min_stage = min_stage, plan.num_stages if min_stage == LAST else min_stage
         if not 1 <= min_stage <= hold_stage:
-            raise UsageError(f"--min-stage {min_stage}: choose one from 1 to {hold_stage}")
+            raise UsageError(f"--min-stage {wanted}: choose one from 1 to {hold_stage}")
         if not 1 <= start_stage <= hold_stage:
             raise UsageError(f"start_stage {start_stage}: choose one from 1 to {hold_stage}")
         check_files(plan, location, min_stage)
@@ -2142,6 +2171,12 @@ def seconds(text: str) -> float:
     return value
 
 
+def stage_or_last(text: str) -> int | str:
+    if text != LAST and not re.fullmatch("[0-9]{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no stage: give a number, or {LAST}")
+    return text if text == LAST else int(text)
+
+
 def milliseconds(text: str) -> float:
     """In seconds."""
     return seconds(text) / 1000
@@ -2177,7 +2212,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="progressive checkpoint, made by prune_and_split.py: folder, s3:// or gs://",
     )
     group = parser.add_argument_group("stages")
-    group.add_argument("--min-stage", type=int, metavar="K", help="answer from stage K on (default: by --max-loss)")
+    group.add_argument(
+        "--min-stage",
+        type=stage_or_last,
+        metavar="K",
+        help='answer from stage K on, or from the "last" one on, the exact model (default: by --max-loss)',
+    )
     group.add_argument(
         "--max-loss",
         type=percentage,
@@ -2287,6 +2327,60 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     elif args.checkpoint is None:
         parser.error(f"no checkpoint: {NAME} CKPT ...")
     return args, vllm_argv
+
+
+def is_bound(path: str) -> bool:
+    """Whether a process of this machine has a Unix socket of this name, though it may not listen yet."""
+    rows = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_bytes().splitlines()]
+    return any(row[7:] == [os.fsencode(path)] for row in rows)
+
+
+def clear_socket(path: str, option: str, owner: str) -> None:
+    """Remove a socket that an owner has left behind. Raises UsageError for one in use, and for what is no socket."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise UsageError(f"{option} {path} is there already, and no socket: name another")
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):  # it has too many callers
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            if not is_bound(path):
+                say(f"{path} was left behind by a {owner} that has ended; it is replaced")
+                return os.unlink(path)
+    raise UsageError(f"{option} {path}: a {owner} waits there already; use it, end it, or name another socket")
+
+
+def check_address(host: str | None, port: int, uds: str | None) -> None:
+    """Raises UsageError where vLLM could not listen, whoever does so now: that may have ended when vLLM begins."""
+    try:
+        if uds:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.bind(uds)
+            os.unlink(uds)
+        else:
+            with socket.socket(socket.AF_INET6 if ":" in (host or "") else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host or "", port))
+    except (OSError, OverflowError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            return
+        where = f"--uds {uds}" if uds else f"--host {host} --port {port}" if host else f"--port {port}"
+        raise UsageError(f"{where}: no server can listen there ({error}); choose another") from error
+
+
+def check_address_early(vllm_argv: list[str]) -> None:
+    """The same before the imports, as far as the command line tells. Raises UsageError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--uds")
+    try:
+        where, _ = parser.parse_known_args(vllm_argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    check_address(where.host, where.port, where.uds)
 
 
 # ---- from standby: have a server started by who has imported everything already (caller) ------------
@@ -2468,6 +2562,7 @@ def start_early(argv: list[str], start: float) -> EarlyStart:
     omp_num_threads = prepare_imports()
     end_on_signals(None)
     try:
+        check_address_early(vllm_argv)
         if is_built_for_cpu():  # where vLLM has worker processes always
             check_shared_memory()
         launch = start_reading(**of_reading(args), start=start)
@@ -2506,7 +2601,7 @@ class Standby:
             mask = os.umask(0o177)  # mode 0600, from the first moment on
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX)  # of two that find the same stale socket one goes first
-                self.clear()
+                clear_socket(path, "--standby", "standby")
                 self.listener.bind(path)
                 self.listener.listen()
             finally:
@@ -2519,33 +2614,14 @@ class Standby:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.end())
 
-    def clear(self) -> None:
-        """Remove a socket that a standby has left behind."""
-        if not os.path.lexists(self.path):
-            return
-        if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
-            raise UsageError(f"--standby {self.path} is there already, and no socket: name another")
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):  # it has too many callers
-            probe.setblocking(False)
-            try:
-                probe.connect(self.path)
-            except ConnectionRefusedError:
-                say(f"{self.path} was left behind by a standby that has ended; it is replaced")
-                return os.unlink(self.path)
-        raise UsageError(
-            f"--standby {self.path}: a standby waits there already; use it, end it, or name another socket"
-        )
-
     def end(self) -> None:
         """End the standby; its servers go on."""
         self.remove()
         os._exit(0)
 
     def remove(self) -> None:
-        """Remove the socket, unless it is another's by now."""
-        with contextlib.suppress(FileNotFoundError):
-            if os.getpid() == self.owner and os.lstat(self.path).st_ino == self.inode:
-                os.unlink(self.path)
+        if os.getpid() == self.owner:
+            remove_socket(self.path, self.inode)
 
 
 def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
@@ -2556,6 +2632,7 @@ def begin(argv: list[str]) -> tuple[Standby | None, EarlyStart | None]:
     args, _ = parse_args(argv)
     try:
         if args.standby is not None:
+            temporary_folder()  # the imports need one
             standby = Standby(args.standby)
             prepare_imports()
             os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which starts its threads when it is loaded
@@ -2633,10 +2710,16 @@ IMPORTED_WITH = getattr(sys.modules["__main__"], "IMPORTED_WITH", inductor_setti
 import asyncio
 from unittest.mock import patch
 
+import prometheus_client
 import psutil
 import torch
 import vllm
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse
 from safetensors import safe_open
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Match
 from torch import nn, set_num_threads  # by name: vLLM's CPU worker replaces torch.set_num_threads by a warning
 from transformers import AutoTokenizer
 from vllm import envs, ir
@@ -4317,6 +4400,20 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
 
+    def response(self) -> JSONResponse:
+        """In the form of vLLM's own errors."""
+        kind = "BadRequestError" if self.status == 400 else "ServiceUnavailableError"
+        error = {"message": str(self), "type": kind, "param": None, "code": self.status}
+        return json_response({"error": error}, self.status, self.retry_after)
+
+
+def json_response(content: dict, status: int = 200, retry_after: float | None = None) -> JSONResponse:
+    response = JSONResponse(content, status)
+    if retry_after is not None:
+        response.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+        response.raw_headers.append(EXPOSED)
+    return response
+
 
 def first_failure(failures: list[str | None]) -> str:
     """The first failure among what the workers have returned."""
@@ -4379,6 +4476,22 @@ class Controller:
         self.due: float | None = None  # since when a transition could be made that waits for a better moment
         self.tasks: set[asyncio.Task] = set()  # that watch stalls; a loop alone does not keep them
         engine.controller = self
+
+    def start(self) -> None:
+        """Begin with the transitions: the server listens now."""
+        self.journal.mark("ready")
+        self.transitions = asyncio.create_task(self.run())
+        self.engine_ended = asyncio.create_task(self.end_with_engine())
+
+    async def end_with_engine(self) -> None:
+        """Returns when the engine has ended, with or without an error.
+
+        It answers no call any more: let go of the transition, and of the requests, for which vLLM would wait for ever.
+        """
+        while not self.engine.errored:
+            await asyncio.sleep(ENGINE_POLL_SECONDS)
+        self.transitions.cancel()
+        self.end()
 
     def update(self) -> None:
         self.progress.fold(self.journal.follow())
@@ -4627,26 +4740,17 @@ ENDING_CHUNKS = re.compile(  # of a stream: those that end a choice, and the one
 )
 
 
-def header_of(scope: dict, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name), None)
-
-
 def with_length(message: dict, length: int) -> dict:
     """A message or a scope, whose body has become so long."""
     headers = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
     return {**message, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-async def read_body(receive) -> bytes | None:
-    """The whole body of a request; None: the client has gone."""
-    parts, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
+def computes(scope: dict) -> bool:
+    """Whether this is a request that may compute: a POST that vLLM has a route for."""
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes)
 
 
 async def wait_until_gone(receive) -> None:
@@ -4657,6 +4761,8 @@ async def wait_until_gone(receive) -> None:
 
 def stage_of(value, name: str, last: int) -> int:
     """A stage from 1 to `last`, as a client has written it. Raises Refused."""
+    if value == LAST:
+        return last
     number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value) else value
     if type(number) is not int or not 1 <= number <= last:
         raise Refused(400, f"{name} {value!r:.40}: this server has stages 1 to {last}")
@@ -4735,10 +4841,13 @@ PROGRESS_PAGE = """<!doctype html>
 
 
 class Answer:
-    """What vLLM sends to a client, with the stages in it: where it began, and where it ended."""
+    """What vLLM sends to a client, with the stages in it: where it began, and where it ended.
 
-    def __init__(self, send: Callable, began: int, stage: Callable[[], int], says_end: bool):
-        self.send, self.began, self.stage, self.says_end = send, began, stage, says_end
+    exact: whether it began at the exact model, after which no other comes. says_end: whether its body says so.
+    """
+
+    def __init__(self, send: Callable, began: int, exact: bool, stage: Callable[[], int], says_end: bool):
+        self.send, self.began, self.exact, self.stage, self.says_end = send, began, exact, stage, says_end
         self.begun = False  # whether the client has got anything
         self.streams = False  # in chunks, which are not held back
         self.held: dict | None = None  # the start of an answer whose body, and so its length, is not there yet
@@ -4747,8 +4856,8 @@ class Answer:
     async def __call__(self, message: dict) -> None:
         if message["type"] == "http.response.start":
             headers = [*message.get("headers", ()), (STAGE_HEADER, str(self.began).encode())]
-            message = {**message, "headers": headers}
-            content = header_of(message, b"content-type") or ""
+            message = {**message, "headers": [*headers, EXPOSED]}
+            content = Headers(raw=headers).get("content-type", "")
             if self.says_end and message["status"] == 200:
                 self.streams = content.startswith("text/event-stream")
                 if content.startswith("application/json"):
@@ -4762,7 +4871,7 @@ class Answer:
 
     async def with_end(self, message: dict) -> dict | None:
         """A part of the body, with the stage where the answer ends in it; None while that is held back."""
-        says = b',"%s":%d}' % (END_STAGE.encode(), self.stage())
+        says = f',"{END_STAGE}":{self.stage()},"{EXACT}":{json.dumps(self.exact)}}}'.encode()
         if self.streams:
             return {**message, "body": ENDING_CHUNKS.sub(lambda chunk: chunk[1] + says, message.get("body", b""))}
         if not self.held:
@@ -4821,70 +4930,50 @@ class Metrics:
         yield how
 
 
-class ProgressMiddleware:
-    """ASGI middleware (--middleware): runs the controller, answers what is not vLLM's, has requests wait for stages.
+class Gate:
+    """ASGI middleware of vLLM's routes: has requests wait for stages, and says in answers where they began and ended.
 
-    What is asked of vLLM passes vLLM's own check of the API key first, where there is one, and waits then.
+    No dependency of a route could do it: a body changes on its way to vLLM, and another on its way back. All of vLLM's
+    own middleware stands before it, so that nobody waits without a key, and CORS holds for what is refused here.
     """
 
-    def __init__(self, app):
-        self.app, self.vllm = self.pass_on, app
-        self.controller: Controller | None = None
-        self.own = {"/progress": self.progress, "/ready": self.ready, "/progress.html": self.page}
-        while app and not hasattr(app, "verify_token"):  # as vLLM's AuthenticationMiddleware has
-            app = getattr(app, "app", None)
-        if app:
-            self.app, self.vllm, app.app = self.vllm, app.app, self.pass_on
+    def __init__(self, app, controller: Controller):
+        self.app, self.controller = app, controller
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan":
-            self.start(scope["app"].state.engine_client)
-        own = self.own.get(scope.get("path")) if scope.get("method") == "GET" else None
-        if scope["type"] == "http" and own:
-            await own(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def start(self, engine) -> None:
-        from prometheus_client import REGISTRY
-
-        self.controller = Controller(engine)
-        self.controller.journal.mark("ready")
-        self.transitions = asyncio.create_task(self.controller.run())
-        self.engine_ended = asyncio.create_task(self.end_with_engine())
-        REGISTRY.register(Metrics(self.controller))
-
-    async def pass_on(self, scope, receive, send):
-        """To vLLM; what computes, at the stage that it wants, or at the one that there is."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.vllm(scope, receive, send)
+        if not computes(scope):
+            return await self.app(scope, receive, send)
         try:
             begun = await self.begin(scope, receive)
         except Refused as refused:
-            return await self.refuse(refused, scope, receive, send)
+            return await refused.response()(scope, receive, send)
         if not begun:  # the client has gone
             return
         stage, scope, receive = begun
+        progress = self.controller.progress
         says_end = scope["path"].removeprefix(scope.get("root_path", "")) in ANSWERS
-        answer = Answer(send, stage, lambda: self.controller.progress.active_stage, says_end)
+        exact = stage == progress.plan.num_stages
+        answer = Answer(send, stage, exact, lambda: progress.active_stage, says_end)
         if not await self.answer(scope, receive, answer) and not answer.begun:
             refused = Refused(503, self.controller.why_never(stage))  # else the client sees that it is cut off
-            await self.refuse(refused, scope, receive, send)
+            await refused.response()(scope, receive, send)
 
     async def begin(self, scope: dict, receive) -> tuple[int, dict, Callable] | None:
         """(stage, scope, receive) of a request, once there is the stage that it wants; None when its client has gone.
 
         Raises Refused.
         """
-        last, wanted = self.controller.progress.plan.num_stages, []
-        if (value := header_of(scope, MIN_STAGE_HEADER)) is not None:
-            wanted.append(stage_of(value, "X-Progressive-Min-Stage", last))
-        if not (header_of(scope, b"content-type") or "application/json").startswith("application/json"):
+        headers, last, wanted = Headers(scope=scope), self.controller.progress.plan.num_stages, []
+        for value in headers.getlist(MIN_STAGE_HEADER):
+            wanted.append(stage_of(value, MIN_STAGE_HEADER, last))
+        if headers.get("content-type", "application/json").lower().split(";")[0] != "application/json":  # as vLLM does
             return await self.controller.begin(max(wanted, default=None)), scope, receive
-        if (body := await read_body(receive)) is None:
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
             return None
         with contextlib.suppress(ValueError, RecursionError):  # vLLM answers that
-            if MIN_STAGE.encode() in body and isinstance(content := json.loads(body), dict) and MIN_STAGE in content:
+            if isinstance(content := json.loads(body), dict) and MIN_STAGE in content:
                 if (value := content.pop(MIN_STAGE)) is not None:
                     wanted.append(stage_of(value, MIN_STAGE, last))
                 body = json.dumps(content).encode()
@@ -4908,10 +4997,10 @@ class ProgressMiddleware:
 
     async def answer(self, scope, receive, send) -> bool:
         """Let vLLM answer; False when its engine has ended before."""
-        answer = asyncio.create_task(self.vllm(scope, receive, send))
+        answer = asyncio.create_task(self.app(scope, receive, send))
         self.controller.answering += 1
         try:
-            await asyncio.wait({answer, self.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, self.controller.engine_ended}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 await asyncio.wait({answer}, timeout=LAST_WORDS_SECONDS)
             if answer.done():
@@ -4921,54 +5010,61 @@ class ProgressMiddleware:
             self.controller.answering -= 1
             answer.cancel()
 
-    async def end_with_engine(self) -> None:
-        """Returns when the engine has ended, with or without an error.
 
-        It answers no call any more: let go of the transition, and of the requests, for which vLLM would wait for ever.
-        """
-        while not self.controller.engine.errored:
-            await asyncio.sleep(ENGINE_POLL_SECONDS)
-        self.transitions.cancel()
-        self.controller.end()
+class Endpoints:
+    """What operators ask, as routes of vLLM's application: open to all, as its /health and /metrics are."""
 
-    async def progress(self, scope, receive, send) -> None:
+    def __init__(self, controller: Controller):
+        self.controller = controller
+
+    def router(self) -> APIRouter:
+        router = APIRouter(lifespan=self.run)
+        for path, endpoint in (("/progress", self.progress), ("/progress.html", self.page), ("/ready", self.ready)):
+            router.add_api_route(path, endpoint, methods=["GET"])
+        return router
+
+    @contextlib.asynccontextmanager
+    async def run(self, _) -> AsyncIterator[None]:
+        """The controller runs as long as the application."""
+        self.controller.start()
+        prometheus_client.REGISTRY.register(Metrics(self.controller))
+        yield
+
+    async def progress(self) -> JSONResponse:
+        """Stages, timeline, error."""
         self.controller.update()
-        await self.reply(self.controller.progress.as_dict(), scope, receive, send)
+        return json_response(self.controller.progress.as_dict())
 
-    async def ready(self, scope, receive, send) -> None:
-        """Whether stage K (?stage=K; default: the first that may answer) serves; else why not, and when it may."""
+    async def ready(self, stage: str | None = None) -> JSONResponse:
+        """Whether this stage serves (default: the first that may answer); else why not, and when it may."""
         self.controller.update()
-        progress, query = self.controller.progress, urllib.parse.parse_qs(scope["query_string"].decode("latin-1"), True)
+        progress = self.controller.progress
         first = progress.first.serve if progress.first else progress.serving.min_stage
         try:
-            wanted = stage_of(query.get("stage", [f"{first}"])[-1], "stage", progress.plan.num_stages)
+            wanted = first if stage is None else stage_of(stage, "stage", progress.plan.num_stages)
         except Refused as refused:
-            return await self.refuse(refused, scope, receive, send)
-        stage = progress.ready_stage()
-        if stage >= wanted and not self.engine_ended.done():
-            return await self.reply({"ready": True, "stage": stage}, scope, receive, send)
-        content = {"ready": False, "stage": stage, "seconds": None}
-        if self.engine_ended.done() or wanted > progress.last_stage():
+            return refused.response()
+        served, ended = progress.ready_stage(), self.controller.engine_ended.done()
+        if served >= wanted and not ended:
+            return json_response({"ready": True, "stage": served})
+        content = {"ready": False, "stage": served, "seconds": None}
+        if ended or wanted > progress.last_stage():
             content["reason"] = self.controller.why_never(wanted)
         else:
-            content |= {"reason": f"stage {wanted} is arriving", "seconds": round(progress.seconds_until(wanted), 1)}
-        await self.reply(content, scope, receive, send, 503, content["seconds"])
+            content |= {"reason": f"stage {wanted} is arriving", "seconds": progress.seconds_until(wanted)}
+        return json_response(content, 503, content["seconds"])
 
-    async def page(self, scope, receive, send) -> None:
-        from starlette.responses import HTMLResponse
+    async def page(self) -> HTMLResponse:
+        """The same as /progress, for people."""
+        return HTMLResponse(PROGRESS_PAGE, headers={"content-security-policy": PAGE_POLICY})
 
-        await HTMLResponse(PROGRESS_PAGE, headers={"content-security-policy": PAGE_POLICY})(scope, receive, send)
 
-    async def refuse(self, refused: Refused, scope, receive, send) -> None:
-        kind = "BadRequestError" if refused.status == 400 else "ServiceUnavailableError"
-        error = {"message": str(refused), "type": kind, "param": None, "code": refused.status}
-        await self.reply({"error": error}, scope, receive, send, refused.status, refused.retry_after)
-
-    async def reply(self, content: dict, scope, receive, send, status: int = 200, after: float | None = None) -> None:
-        from starlette.responses import JSONResponse
-
-        headers = {} if after is None else {"retry-after": str(max(1, math.ceil(after)))}
-        await JSONResponse(content, status, headers)(scope, receive, send)
+def extend(app: FastAPI) -> None:
+    """Add to vLLM's application, which has its engine: a controller, the endpoints, and the gate before all routes."""
+    controller = Controller(app.state.engine_client)
+    app.include_router(Endpoints(controller).router())
+    # As Router(middleware=...) does it; vLLM has built the application's stack, whose metrics must not be made twice.
+    app.router.middleware_stack = Gate(app.router.middleware_stack, controller)
 
 
 # ---- options: what vLLM is started with (server) ----------------------------------------------------
@@ -5097,7 +5193,6 @@ def server_args(launch: Launch, ours: argparse.Namespace, argv: list[str]) -> ar
         args.gpu_memory_utilization = gpu_memory_utilization
     if not args.served_model_name:
         args.served_model_name = [ours.checkpoint]  # not the folder that a remote one was fetched to
-    args.middleware = [*args.middleware, f"{MODULE}.ProgressMiddleware"]
     if current_platform.is_cpu():
         fork_workers()
     return args
@@ -5477,11 +5572,29 @@ def begin_server(caller: Caller) -> EarlyStart:
 # ---- main: vLLM's server with our options (server) --------------------------------------------------
 
 
-async def serve(args: argparse.Namespace) -> None:
-    """vLLM's run_server(), but for the signal handler that it puts in place of ours."""
+async def serve(launch: Launch, args: argparse.Namespace) -> None:
+    """vLLM's run_server(), but for the signal handler that it puts in place of ours, and with its application extended.
+
+    That is where vLLM has given the application everything, and has not yet begun to serve it.
+    """
     _, entry = vllm_server()
+    serve_http = entry.serve_http
+
+    async def serve_extended(app: FastAPI, **options):
+        extend(app)
+        return await serve_http(app, **options)
+
+    entry.serve_http = serve_extended
+    if args.uds:
+        try:
+            clear_socket(args.uds, "--uds", "server")
+        except OSError as error:
+            raise UsageError(f"--uds {args.uds} cannot be used ({error}): name another socket") from error
     decorate_logs("APIServer")
-    await entry.run_server_worker(*entry.setup_server(args, reuse_port=False), args)
+    address, listener = entry.setup_server(args, reuse_port=False)
+    if args.uds:
+        launch.socket = args.uds, os.lstat(args.uds).st_ino
+    await entry.run_server_worker(address, listener, args)
 
 
 def end_after_failure(launch: Launch, failure: str) -> None:
@@ -5499,11 +5612,12 @@ def main(early: EarlyStart) -> int:
     launch.on_failure = functools.partial(end_after_failure, launch)
     try:
         args = server_args(launch, early.args, early.vllm_argv)
+        check_address(args.host, args.port, args.uds)  # --config may have said it
         start_engine_first()
         track_shared_memory()
         os.register_at_fork(before=note_parent, after_in_child=die_with_parent)
         os.register_at_fork(after_in_child=functools.partial(release_port, args.port))
-        uvloop.run(serve(args))
+        uvloop.run(serve(launch, args))
         failure = launch.start_failure()
         if not failure:
             return 0
@@ -5512,7 +5626,8 @@ def main(early: EarlyStart) -> int:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        failure = f"port {args.port} is in use: choose another --port"
+        in_use = f"--uds {args.uds}" if args.uds else f"--port {args.port}"
+        failure = f"{in_use} is in use: choose another"
     except Exception:
         failure = launch.start_failure()  # a bad file is the user's to mend; anything else is a bug, with its traceback
         if not failure:

@@ -92,7 +92,8 @@ def test_page_shows_the_stages_in_a_browser(server, tmp_path):
 
 def test_requests_wait_for_the_full_model(server, client):
     """The last of this section: it lets the rest arrive."""
-    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=2).progressive_stage == 1
+    first = client.completions.create(model="tiny", prompt="Hello", max_tokens=2)
+    assert (first.progressive_stage, first.progressive_exact) == (1, False)
     with server.suspended():
         stream = client.completions.create(
             model="tiny", prompt="Hello", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
@@ -100,12 +101,16 @@ def test_requests_wait_for_the_full_model(server, client):
         server.grow(server.held)
     chunks = list(stream)
     raw = client.chat.completions.with_raw_response.create(
-        model="tiny", messages=SAID, max_tokens=2, extra_headers={"X-Progressive-Min-Stage": "3"}
+        model="tiny", messages=SAID, max_tokens=2, extra_headers={"X-Progressive-Min-Stage": "last"}
     )
+    body = {"min_stage": "last"}
+    whole = client.completions.create(model="tiny", prompt="Hello", max_tokens=2, extra_body=body)
     stages = [chunk.model_extra.get("progressive_stage") for chunk in chunks]
     assert set(stages[:-1]) == {None} and stages[-1] == 3
+    assert chunks[-1].progressive_exact is False  # its first tokens are stage 1's
     assert stream.response.headers["x-progressive-stage"] == "1"
     assert raw.headers["x-progressive-stage"] == "3" and raw.parse().progressive_stage == 3
+    assert raw.parse().progressive_exact is True and whole.progressive_exact is True
 
 
 # ---- when it is the full model ---------------------------------------------------------------------

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -28,6 +29,7 @@ from conftest import add_adapter, edit_config, engine_config, make_llama, run_ma
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from servers import ROOT, SERVER
+from starlette.routing import Route
 
 import prune_and_split
 
@@ -69,6 +71,8 @@ def test_options_of_the_running_server():
         (["{checkpoint}", "--hold-stage", "0"], "0"),
         (["{checkpoint}", "--min-stage", "4"], "--min-stage 4"),
         (["{checkpoint}", "--min-stage", "3", "--hold-stage", "2"], "--min-stage 3"),
+        (["{checkpoint}", "--min-stage", "last", "--hold-stage", "2"], "--min-stage last: choose one from 1 to 2"),
+        (["{checkpoint}", "--min-stage", "first"], "first"),
         (["{checkpoint}", "--max-loss", "5%"], "--max-loss 5"),
         (["{checkpoint}", "--max-loss", "little"], "little"),
         (["{checkpoint}", "--max-loss", "-1"], "-1"),
@@ -79,6 +83,16 @@ def test_options_of_the_running_server():
         (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
         (["{checkpoint}", "--enable-lora"], "--enable-lora"),
         (["{checkpoint}", "--port", "{taken}", "--log-level", "ERROR"], "{taken}"),
+        (["{checkpoint}", "--port", "80000"], "--port 80000"),
+        (["{checkpoint}", "--port=-1"], "--port -1"),
+        (["{checkpoint}", "--port", "x"], "'x'"),
+        (["{checkpoint}", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
+        (["{checkpoint}", "--host", "256.1.1.1", "--port", "0"], "--host 256.1.1.1"),
+        (["{checkpoint}", "--host", "192.0.2.1"], "--host 192.0.2.1"),  # of nobody's machine, by RFC 5737
+        (["{checkpoint}", "--host", "2001:db8::1"], "--host 2001:db8::1"),  # by RFC 3849
+        (["{checkpoint}", "--host", ".."], "--host .."),
+        (["{checkpoint}", "--uds", "/no/such/folder/S"], "--uds /no/such/folder/S"),
+        (["{checkpoint}", "--uds", "/tmp/" + 108 * "x"], "xxx: no server can listen there"),
     ],
 )
 def test_bad_arguments(arguments, named, split_tiny):
@@ -114,6 +128,79 @@ print(importlib.import_module(module).WorkerExtension.__module__ == module)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.stdout.split()[-1:] == ["True"], done.stdout + done.stderr
+
+
+def test_temporary_files_need_a_folder(split_tiny, tmp_path, monkeypatch, capsys):
+    """Where Python finds none; before anything has been started, a server or a standby."""
+    import progressive_serve
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    with pytest.raises(progressive_serve.UsageError, match="set TMPDIR.*/proc/nowhere"):
+        progressive_serve.start_reading(split_tiny, start=0.0)
+    with pytest.raises(SystemExit, match="2"):
+        progressive_serve.begin(["--standby", str(tmp_path / "S")])
+    assert "set TMPDIR" in capsys.readouterr().err and not (tmp_path / "S").exists()
+
+
+@pytest.fixture
+def listen(read, split_tiny, monkeypatch):
+    """Has vLLM bind --uds, as main() does, and ends before there is an engine; returns whether that was at the path."""
+    import progressive_serve
+
+    _, entry = progressive_serve.vllm_server()
+    found = []
+
+    async def run_server_worker(address, listener, args):
+        found.append(address == f"unix:{args.uds}" and listener.getsockname() == args.uds and os.path.exists(args.uds))
+        listener.close()
+
+    monkeypatch.setattr(entry, "run_server_worker", run_server_worker)
+    monkeypatch.setattr(entry, "serve_http", None)  # is replaced, and put back
+    monkeypatch.setattr(progressive_serve, "decorate_logs", lambda name: None)
+    monkeypatch.setattr(progressive_serve, "fork_workers", lambda: None)
+    monkeypatch.delenv(TIMEOUT, raising=False)
+
+    def run(path: Path) -> bool:
+        launch = read(split_tiny).launch
+        try:
+            options = progressive_serve.parse_args([str(split_tiny), "--uds", str(path)])
+            args = progressive_serve.server_args(launch, *options)
+            progressive_serve.check_address(args.host, args.port, args.uds)
+            asyncio.run(progressive_serve.serve(launch, args))
+        finally:
+            launch.close()
+        return found.pop()
+
+    return run
+
+
+def test_unix_socket_goes_with_its_server(listen, tmp_path, capfd):
+    """And one that was killed leaves a file that the next one replaces."""
+    path = tmp_path / "S"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    assert path.is_socket() and listen(path) and not path.exists()
+    assert f"{path} was left behind by a server that has ended" in capfd.readouterr().err
+    assert listen(path) and not path.exists()
+
+
+@pytest.mark.parametrize("state", ["listens", "starts", "is a file"])
+def test_unix_socket_in_use_is_left_alone(state, listen, tmp_path):
+    """Also where its server does not listen yet: vLLM binds it at the start, and listens when there is an engine."""
+    import progressive_serve
+
+    path = tmp_path / "S"
+    with socket.socket(socket.AF_UNIX) as used:
+        if state == "is a file":
+            path.write_text("")
+        else:
+            used.bind(str(path))
+            if state == "listens":
+                used.listen()
+        with pytest.raises(progressive_serve.UsageError, match=f"--uds {path}.*name another"):
+            listen(path)
+    assert path.exists()
 
 
 # ---- gate ------------------------------------------------------------------------------------------
@@ -442,6 +529,9 @@ class FakeAsyncLLM:
 
     errored = False
 
+    async def check_health(self):
+        pass
+
     def __init__(self, checkpoint: Path, journal: Path, ranks: int = 1, **stages):
         self.vllm_config, self.ranks = engine_config(checkpoint, journal, **stages), ranks
         self.output_processor = SimpleNamespace(request_states={})
@@ -538,6 +628,8 @@ def test_stage_at_the_start(case, split_tiny, tmp_path):
 # ---- HTTP ------------------------------------------------------------------------------------------
 
 
+ASKED = {"prompt": "Hello", "max_tokens": 3}
+COMPLETIONS = "/v1/completions"
 TRAP = 'he said "finish_reason":"stop" and "choices":[]'  # in a text, where it ends nothing
 
 
@@ -564,23 +656,35 @@ async def echo(scope, receive, send):
 
 
 class Served:
-    """The HTTP room and the controller, with neither vLLM's application nor an engine; the test makes stages arrive."""
+    """vLLM's own application with what is added to it, and no engine; the test makes stages arrive.
 
-    def __init__(self, checkpoint: Path, folder: Path, app=echo, **stages):
+    options: of vLLM's server. app: answers where something would be computed.
+    """
+
+    def __init__(self, checkpoint: Path, folder: Path, options=(), app=echo, **stages):
         import progressive_serve
 
-        self.engine = FakeAsyncLLM(checkpoint, folder / "journal", **stages)
-        self.middleware = progressive_serve.ProgressMiddleware(app)
+        self.engine, self.vllm = FakeAsyncLLM(checkpoint, folder / "journal", **stages), app
+        self.app = vllm_app(*options)
+        self.app.state.engine_client, self.app.state.log_stats = self.engine, False
+        for path in (COMPLETIONS, "/tokenize"):
+            self.app.router.routes.insert(0, Route(path, self, methods=["POST"]))
+        progressive_serve.extend(self.app)
+        self.controller = self.engine.controller
+        self.lifespan = self.app.router.lifespan_context(self.app)
+
+    async def __call__(self, scope, receive, send):
+        await self.vllm(scope, receive, send)
 
     async def __aenter__(self):
-        self.middleware.start(self.engine)
-        self.controller = self.middleware.controller
+        await self.lifespan.__aenter__()
         self.mark("start")
         return self
 
     async def __aexit__(self, *_):
-        for task in (self.middleware.transitions, self.middleware.engine_ended, *self.controller.tasks):
+        for task in (self.controller.transitions, self.controller.engine_ended, *self.controller.tasks):
             task.cancel()
+        await self.lifespan.__aexit__(None, None, None)
 
     def mark(self, event: str, **fields) -> None:
         self.controller.journal.mark(event, **fields)
@@ -600,31 +704,46 @@ class Served:
         await until(lambda: self.controller.progress.active_stage == stages[-1])
 
     async def ask(self, path: str, body=None, headers=(), method: str = "POST", gone=None) -> SimpleNamespace:
-        """An answer. body: is sent as JSON, bytes as they are. gone: an Event, set when the client hangs up."""
-        sent, gone = [], gone or asyncio.Event()
-        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        parts = [{"type": "http.request", "body": part} for part in (data[:5], data[5:])]
-        parts[0]["more_body"] = True
-        headers = [(b"content-length", b"%d" % len(data)), (b"content-type", b"application/json"), *headers]
-        path, _, query = path.partition("?")
-        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+        return await ask(self.app, path, body, headers, method, gone)
 
-        async def receive():
-            if parts:
-                return parts.pop(0)
-            await gone.wait()
-            return {"type": "http.disconnect"}
 
-        async def send(message):
-            sent.append(message)
+def vllm_app(*options: str):
+    """vLLM's application, as its server makes it."""
+    import progressive_serve
 
-        await self.middleware(scope, receive, send)
-        if not sent:
-            return SimpleNamespace(status=None)
-        found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        answer = b"".join(message.get("body", b"") for message in sent[1:])
-        assert found.get("content-length", str(len(answer))) == str(len(answer))
-        return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
+    _, entry = progressive_serve.vllm_server()
+    parser, _ = progressive_serve.server_parser()
+    return entry.build_app(parser.parse_args(options), ("generate",))
+
+
+async def ask(app, path: str, body=None, headers=(), method: str = "POST", gone=None) -> SimpleNamespace:
+    """An answer. body: is sent as JSON, bytes as they are. gone: an Event, set when the client hangs up."""
+    sent, gone = [], gone or asyncio.Event()
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    parts = [{"type": "http.request", "body": part} for part in (data[:5], data[5:])]
+    parts[0]["more_body"] = True
+    usual = [(b"content-length", b"%d" % len(data)), (b"content-type", b"application/json"), (b"host", b"here")]
+    names = {name.lower() for name, _ in headers}
+    headers = [*(row for row in usual if row[0] not in names), *((name.lower(), value) for name, value in headers)]
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": headers}
+
+    async def receive():
+        if parts:
+            return parts.pop(0)
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app({"scheme": "http", **scope}, receive, send)
+    if not sent:
+        return SimpleNamespace(status=None)
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    answer = b"".join(message.get("body", b"") for message in sent[1:])
+    assert found.get("content-length", str(len(answer))) == str(len(answer)) or method == "HEAD"
+    return SimpleNamespace(status=sent[0]["status"], headers=found, body=answer)
 
 
 async def until(what, seconds: float = 300) -> None:
@@ -637,6 +756,9 @@ async def until(what, seconds: float = 300) -> None:
 def served(split_tiny, tmp_path, monkeypatch):
     """Runs a coroutine function with a Served of the tiny checkpoint, made with these options."""
     import prometheus_client
+    from vllm.entrypoints.launchers.utils import server_utils
+
+    monkeypatch.setattr(server_utils, "freeze_gc_heap", lambda: None)  # of the tests' own heap
 
     def run(check, **options) -> None:
         monkeypatch.setattr(prometheus_client, "REGISTRY", prometheus_client.CollectorRegistry())
@@ -650,10 +772,6 @@ def served(split_tiny, tmp_path, monkeypatch):
     return run
 
 
-ASKED = {"prompt": "Hello", "max_tokens": 3}
-COMPLETIONS = "/v1/completions"
-
-
 def test_request_waits_for_the_stage_that_it_wants(served):
     """By its body or by a header, the higher of both; and keeps nobody else waiting."""
 
@@ -664,6 +782,10 @@ def test_request_waits_for_the_stage_that_it_wants(served):
             (3, {**ASKED, "min_stage": 2}, [(b"x-progressive-min-stage", b"3")]),
             (1, ASKED, ()),
             (1, {**ASKED, "min_stage": None}, ()),
+            (2, {**ASKED, "min_stage": "2"}, ()),
+            (3, {**ASKED, "min_stage": "last"}, ()),
+            (3, ASKED, [(b"X-Progressive-Min-Stage", b"last")]),
+            (2, ASKED, [(b"X-Progressive-Min-Stage", b"1"), (b"X-Progressive-Min-Stage", b"2")]),
         ]
         asked = [asyncio.create_task(server.ask(COMPLETIONS, body, headers)) for _, body, headers in wants]
         for stage in (1, 2, 3):
@@ -680,7 +802,7 @@ def test_request_waits_for_the_stage_that_it_wants(served):
     served(check)
 
 
-BAD_STAGES = [0, 4, -1, 1.5, True, "x", "", [], {}, 10**30, "²", "2" * 5000]
+BAD_STAGES = [0, 4, -1, 1.5, 1.0, True, "x", "Last", "", [], {}, 10**30, "²", "2" * 5000]
 
 
 def test_stage_that_is_none_is_refused(served):
@@ -697,7 +819,7 @@ def test_stage_that_is_none_is_refused(served):
             assert answer.status == 400, value
         for value in ("0", "x", ""):
             assert (await server.ask(f"/ready?stage={value}", method="GET")).status == 400
-        server.middleware.vllm = passed = Passed()
+        server.vllm = passed = Passed()
         await server.reach(1)
         for body in (b"", b"{", b"[]", b'"min_stage"', b"\xff min_stage", b'{"min_stage":' * 20000, b"[" * 99999):
             await server.ask(COMPLETIONS, body)
@@ -766,7 +888,7 @@ def test_no_request_is_answered_by_a_traceback(served):
 
     async def check(server):
         await server.reach(1, 2, 3)
-        server.middleware.vllm = passed = Passed()
+        server.vllm = passed = Passed()
         loop = asyncio.get_running_loop()
 
         @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
@@ -801,6 +923,7 @@ WAITS = {
     # (what happens, options) -> (status, what the answer says, whether it says when to come again)
     "the stage takes too long": (lambda server: server.reach(1), {"min_stage_timeout": 0.2}, (503, "0.2 s", True)),
     "the stage will never come": (lambda server: server.reach(1), {"hold_stage": 2}, (503, "stage 2", False)),
+    "nor will the last": (lambda server: server.reach(1), {"hold_stage": 2, "wanted": "last"}, (503, "stage 2", False)),
     "the stage is spoilt": (lambda server: spoil(server, 3), {}, (503, "checksum of a file", False)),
     "an error ends it all": (lambda server: spoil(server, 1), {}, (503, "checksum of a file", False)),
 }
@@ -816,16 +939,18 @@ def test_nobody_waits_for_ever(case, served, monkeypatch):
     import progressive_serve
 
     happens, options, (status, says, again) = WAITS[case]
+    wanted = options.get("wanted", 3)
+    options = {name: value for name, value in options.items() if name != "wanted"}
     monkeypatch.setattr(progressive_serve.os, "kill", lambda *_: None)
 
     async def check(server):
-        asked = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": 3}))
+        asked = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": wanted}))
         await until(lambda: server.controller.waiting or asked.done())
         await happens(server)
         answer = await asked
         assert answer.status == status and says in answer.body.decode() and "secret" not in answer.body.decode()
         assert ("retry-after" in answer.headers) == again
-        ready = await server.ask("/ready?stage=3", method="GET")
+        ready = await server.ask(f"/ready?stage={wanted}", method="GET")
         assert ready.status == 503
 
     served(check, **options)
@@ -856,7 +981,7 @@ def test_answer_says_where_it_began_and_where_it_ended(served):
             await go_on.wait()
             await echo(scope, receive, send)
 
-        server.middleware.vllm = slow
+        server.vllm = slow
         bodies = (ASKED, {**ASKED, "stream": True})
         asked = [asyncio.create_task(server.ask(COMPLETIONS, body)) for body in bodies]
         await answered.wait()
@@ -864,16 +989,54 @@ def test_answer_says_where_it_began_and_where_it_ended(served):
         go_on.set()
         whole, stream = [await answer for answer in asked]
         assert whole.headers["x-progressive-stage"] == stream.headers["x-progressive-stage"] == "1"
-        assert json.loads(whole.body)["progressive_stage"] == 2
+        assert ends(whole) == [(2, False)]
         assert json.loads(whole.body)["choices"][0]["text"] == TRAP
-        *chunks, done = stream.body.decode().strip().split("\n\n")
-        found = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
-        assert done == "data: [DONE]" and [chunk.get("progressive_stage") for chunk in found] == [None, 2, 2]
+        assert stream.body.endswith(b"data: [DONE]\n\n") and ends(stream) == [(None, None), (2, False), (2, False)]
         for path, body in ((COMPLETIONS, {"max_tokens": "x"}), ("/tokenize", ASKED)):
             answer = await server.ask(path, body)
             assert "progressive_stage" not in json.loads(answer.body) and "x-progressive-stage" in answer.headers
 
     served(check)
+
+
+def ends(answer) -> list[tuple]:
+    """(stage, whether it is exact) that a body, or each chunk of a stream, says."""
+    rows = [row.removeprefix("data: ") for row in answer.body.decode().strip().split("\n\n")]
+    found = [json.loads(row) for row in rows if row != "[DONE]"]
+    return [(row.get("progressive_stage"), row.get("progressive_exact")) for row in found]
+
+
+@pytest.mark.parametrize("hold_stage", [3, 2])
+def test_answer_is_exact_that_began_at_the_exact_model(hold_stage, served):
+    """One that has gone there from another stage is not, nor is any where the server goes no further."""
+
+    async def check(server):
+        async def exact() -> bool:
+            return json.loads((await server.ask("/progress", method="GET")).body)["exact"]
+
+        async def slow(scope, receive, send):
+            crossing.set()
+            await go_on.wait()
+            await echo(scope, receive, send)
+
+        for stage in range(1, hold_stage + 1):
+            assert not await exact()
+            crossing, go_on = asyncio.Event(), asyncio.Event()
+            if stage > 1:
+                server.vllm = slow
+                crosses = asyncio.create_task(server.ask(COMPLETIONS, ASKED))
+                await crossing.wait()
+            await server.reach(stage)
+            go_on.set()
+            server.vllm = echo
+            if stage > 1:
+                assert ends(await crosses) == [(stage, False)]
+            assert ends(await server.ask(COMPLETIONS, ASKED)) == [(stage, stage == 3)]
+            stream = await server.ask(COMPLETIONS, {**ASKED, "stream": True})
+            assert ends(stream)[-1] == (stage, stage == 3)
+        assert await exact() == (hold_stage == 3)
+
+    served(check, hold_stage=hold_stage)
 
 
 def test_ready_from_a_stage_on(served):
@@ -895,10 +1058,13 @@ def test_ready_from_a_stage_on(served):
         await server.reach(1)
         assert (await ready(), await ready("?stage=1"), await ready("?stage=2")) == ((200, 1), (200, 1), (503, 1))
         await server.reach(2)
-        assert (await ready("?stage=2"), await ready("?stage=3")) == ((200, 2), (503, 2))
+        assert await ready("?stage=2") == (200, 2)
+        assert await ready("?stage=3") == await ready("?stage=last") == (503, 2)
+        await server.reach(3)
+        assert await ready("?stage=last") == (200, 3)
         server.engine.errored = True
-        await until(server.middleware.engine_ended.done)
-        assert await ready() == (503, 2)
+        await until(server.controller.engine_ended.done)
+        assert await ready() == (503, 3)
 
     served(check)
 
@@ -951,7 +1117,7 @@ def test_drained_transition_waits_for_running_requests(ends, served, monkeypatch
     async def check(server):
         go_on = asyncio.Event()
         await server.reach(1)
-        server.middleware.vllm = held_app(go_on)
+        server.vllm = held_app(go_on)
         first = asyncio.create_task(server.ask(COMPLETIONS, ASKED))
         await until(lambda: server.controller.answering == 1)
         server.bind(2)
@@ -1034,7 +1200,7 @@ def test_server_that_drains_grows_until_everybody_is_answered(served):
     async def check(server):
         go_on = asyncio.Event()
         await server.reach(1)
-        server.middleware.vllm = held_app(go_on)
+        server.vllm = held_app(go_on)
         runs, waits = (asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": stage})) for stage in (1, 2))
         await until(lambda: (server.controller.answering, server.controller.waiting) == (1, 1))
         drained = asyncio.create_task(asyncio.to_thread(server.controller.drain, 3600.0))
@@ -1046,7 +1212,7 @@ def test_server_that_drains_grows_until_everybody_is_answered(served):
         go_on.set()
         assert [(await answer).headers["x-progressive-stage"] for answer in (runs, waits)] == ["1", "2"]
         assert 0 < await drained < 3600
-        await until(server.middleware.transitions.done)
+        await until(server.controller.transitions.done)
         assert activated(server) == [1, 2]
         assert server.controller.drain(0.0) == 0.0
 
@@ -1064,7 +1230,7 @@ def test_transition_that_the_end_of_the_server_cuts_off_is_no_failure(served):
         await server.reach(1)
         server.engine.collective_rpc = has_ended
         server.bind(2)
-        await until(server.middleware.transitions.done)
+        await until(server.controller.transitions.done)
         assert server.controller.progress.error is None and server.controller.progress.active_stage == 1
 
     served(check)
@@ -1089,14 +1255,6 @@ def test_speed_of_recomputing_is_measured(served):
 
 def test_key_is_asked_for_before_anybody_waits(served):
     """vLLM's own check of --api-key stands before the stages; what operators ask is open, as /health is."""
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-
-    class Outer:
-        def __init__(self, app):
-            self.app = app
-
-        async def __call__(self, *arguments):
-            await self.app(*arguments)
 
     async def check(server):
         assert (await server.ask(COMPLETIONS, ASKED)).status == 401
@@ -1110,7 +1268,7 @@ def test_key_is_asked_for_before_anybody_waits(served):
         for path in ("/progress", "/ready", "/progress.html"):
             assert (await server.ask(path, method="GET")).status == 200
 
-    served(check, app=Outer(AuthenticationMiddleware(echo, ["secret"])))
+    served(check, options=["--api-key", "secret"])
 
 
 def test_page_needs_nothing_from_outside(served):
@@ -1119,6 +1277,158 @@ def test_page_needs_nothing_from_outside(served):
         assert page.status == 200 and page.headers["content-type"].startswith("text/html")
         assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert not re.search(rb"https?://|<link|src=|import ", page.body)
+
+    served(check)
+
+
+OURS = ("/ready", "/progress", "/progress.html")
+PAGE = [(b"origin", b"http://page")]
+PREFLIGHT = [*PAGE, (b"access-control-request-method", b"GET")]
+LIKE_HEALTH = {
+    # options, (method, what is put before the path, what after, headers)
+    "root path": (["--root-path", "/llm"], ("GET", "/llm", "", ())),
+    "root path, left out": (["--root-path", "/llm"], ("GET", "", "", ())),
+    "another root path": (["--root-path", "/llm"], ("GET", "/other", "", ())),
+    "a page of another origin": (["--allowed-origins", '["*"]'], ("GET", "", "", PAGE)),
+    "one that is not allowed": (["--allowed-origins", '["http://other"]'], ("GET", "", "", PAGE)),
+    "its preflight": (["--allowed-origins", '["http://page"]'], ("OPTIONS", "", "", PREFLIGHT)),
+    "a preflight that fails": (["--allowed-origins", '["http://other"]'], ("OPTIONS", "", "", PREFLIGHT)),
+    "HEAD": ([], ("HEAD", "", "", ())),
+    "POST": ([], ("POST", "", "", ())),
+    "OPTIONS": ([], ("OPTIONS", "", "", ())),
+    "a slash at the end": ([], ("GET", "", "/", ())),
+    "an id": (["--enable-request-id-headers"], ("GET", "", "", [(b"x-request-id", b"7")])),
+    "no docs": (["--disable-fastapi-docs"], ("GET", "", "", ())),
+    "a key": (["--api-key", "secret"], ("GET", "", "", ())),
+}
+
+
+@pytest.mark.parametrize("case", LIKE_HEALTH)
+def test_endpoints_stand_where_those_of_vllm_stand(case, served):
+    """Whatever vLLM's options do to its /health they do to ours; also before there is any stage."""
+    options, (method, before, after, headers) = LIKE_HEALTH[case]
+    named = ("allow", "location", "x-request-id", "access-control-allow-origin", "access-control-allow-methods")
+
+    async def check(server):
+        async def found(path: str) -> tuple:
+            answer = await server.ask(f"{before}{path}{after}", None, headers, method)
+            return answer.status, [answer.headers.get(name, "").replace(path, "") for name in named]
+
+        for reached in (False, True):
+            if reached:
+                await server.reach(1)
+            for path in OURS if reached else OURS[1:]:
+                assert await found(path) == await found("/health")
+        schema = await server.ask("/openapi.json", method="GET")
+        assert schema.status == (404 if case == "no docs" else 200)
+        assert schema.status == 404 or set(OURS) <= json.loads(schema.body)["paths"].keys()
+
+    served(check, options=options)
+
+
+def test_refusal_reaches_a_page_of_another_origin(served):
+    """It can be read by a browser, with the headers that say what there is and when to come again."""
+
+    async def check(server):
+        async def found(path: str, body, method: str = "POST") -> tuple[int, set[str]]:
+            answer = await server.ask(path, body, [*PAGE, (b"x-request-id", b"7")], method)
+            assert answer.headers["access-control-allow-origin"] == "*" and answer.headers["x-request-id"] == "7"
+            exposed = answer.headers.get("access-control-expose-headers", "").lower().split(", ")
+            ours = answer.headers.keys() & {"x-progressive-stage", "retry-after"}
+            assert ours <= set(exposed)
+            return answer.status, ours
+
+        assert await found("/ready", None, "GET") == (503, {"retry-after"})
+        assert await found("/ready?stage=3", None, "GET") == (503, set())
+        await server.reach(1)
+        assert await found(COMPLETIONS, ASKED) == (200, {"x-progressive-stage"})
+        assert await found(COMPLETIONS, {**ASKED, "min_stage": 9}) == (400, set())
+        assert await found(COMPLETIONS, {**ASKED, "min_stage": 3}) == (503, set())
+        assert await found(COMPLETIONS, {**ASKED, "min_stage": 2}) == (503, {"retry-after"})
+
+    options = ["--allowed-origins", '["*"]', "--enable-request-id-headers"]
+    served(check, options=options, hold_stage=2, min_stage_timeout=0.01)
+
+
+def test_vllm_counts_what_is_asked_of_us(served, monkeypatch):
+    """Its metrics of HTTP go on, and have our endpoints and refusals in them."""
+    import prometheus_client
+    from vllm.entrypoints.serve.instrumentator import metrics
+
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(metrics, "get_prometheus_registry", lambda: registry)
+
+    async def check(server):
+        await server.ask("/ready", method="GET")
+        await server.ask(COMPLETIONS, {**ASKED, "min_stage": 9})
+        await server.reach(1)
+        await server.ask(COMPLETIONS, ASKED)
+
+        def count(handler: str, method: str, status: str) -> float:
+            labels = {"handler": handler, "method": method, "status": status}
+            return registry.get_sample_value("http_requests_total", labels)
+
+        assert count("/ready", "GET", "5xx") == 1
+        assert count(COMPLETIONS, "POST", "4xx") == count(COMPLETIONS, "POST", "2xx") == 1
+
+    served(check)
+
+
+JSON_TYPES = (b"application/json", b"Application/JSON", b"APPLICATION/JSON; charset=UTF-8", b"application/json;x=y")
+WANTS = {  # a stage that is none
+    "plainly": b'{"prompt": "x", "min_stage": 99}',
+    "after a BOM": b'\xef\xbb\xbf{"prompt": "x", "min_stage": 99}',
+    "in UTF-16": '{"prompt": "x", "min_stage": 99}'.encode("utf-16"),
+    "with an escape": b'{"prompt": "x", "min\\u005fstage": 99}',
+    "the second time": b'{"prompt": "x", "min_stage": 1, "min_stage": 99}',
+}
+
+
+@pytest.mark.parametrize("how", WANTS)
+def test_wish_is_read_wherever_vllm_reads_the_body(how, served):
+    """json.loads() is what vLLM reads it by, whatever the case of its media type."""
+
+    async def check(server):
+        for kind in JSON_TYPES:
+            answer = await server.ask(COMPLETIONS, WANTS[how], [(b"content-type", kind)])
+            assert answer.status == 400 and b"min_stage 99" in answer.body, kind
+
+    served(check)
+
+
+BAD_BODIES = (
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b"\xff",
+    b"\xef\xbb\xbf{",
+    b"\x1f\x8b\x08 min_stage",
+    b"[" * 99999,
+)
+TYPES = (b"application/json", b"application/vnd.x+json", b"text/plain", b"multipart/form-data; boundary=x", b"")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_body_that_is_none_is_refused_by_vllm(kind, served):
+    """With its own words, as without anything added."""
+    stock = vllm_app()
+
+    async def check(server):
+        await server.reach(1)
+        for body in BAD_BODIES:
+            for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/detokenize"):
+                ours, theirs = [await ask(app, path, body, [(b"content-type", kind)]) for app in (server.app, stock)]
+                assert ours.status == theirs.status and 400 <= ours.status < 500, (path, body)
+                assert ours.body == theirs.body
+
+    served(check)
+
+
+def test_post_to_no_route_waits_for_nothing(served):
+    async def check(server):  # there is no stage yet
+        for path, status in (("/nowhere", 404), ("/health", 405), ("/ready", 405), ("/v1/completions/", 307)):
+            assert (await server.ask(path, ASKED)).status == status
 
     served(check)
 
@@ -1143,7 +1453,7 @@ def test_requests_are_told_when_the_engine_has_ended(begun, served, monkeypatch)
                 cancelled.append(True)
 
         await server.reach(1)
-        server.middleware.vllm = never_ending
+        server.vllm = never_ending
         waits = asyncio.create_task(server.ask(COMPLETIONS, {**ASKED, "min_stage": 3}))
         answer = await server.ask(COMPLETIONS, ASKED)
         assert answer.status == (200 if begun else 503)
