@@ -308,7 +308,10 @@ def test_every_stage_is_asked_where_reading_is_stretched(stretch, serving, split
     assert row["stage_seconds"].keys() == {"1", "2", "3"}
 
 
-@pytest.mark.parametrize("options, environ", [([], {"VLLM_API_KEY": "KEY"}), (["--server-args=--api-key KEY"], {})])
+@pytest.mark.parametrize(
+    "options, environ",
+    [([], {"VLLM_API_KEY": "KEY"}), ([f"--server-args={bench_coldstart.SERVER_ARGS} --api-key KEY"], {})],
+)
 def test_servers_are_asked_by_no_proxy_and_with_their_key(options, environ, serving, split_tiny, tmp_path, monkeypatch):
     """Nor by what ~/.netrc has for this machine. The key stands in no result and in nothing that is printed."""
     monkeypatch.setattr(bench_coldstart, "START_TIMEOUT", LIMIT)
