@@ -357,15 +357,28 @@ def read_examples(args: argparse.Namespace) -> list[Example]:
     return examples
 
 
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text and what the tokenizer puts before it; what it appends is left out: more text follows."""
+    row = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    end = len(row.input_ids)
+    while end and row.special_tokens_mask[end - 1]:
+        end -= 1
+    return row.input_ids[:end]
+
+
 def encode_examples(tokenizer, examples: list[Example], seq_len: int) -> list[dict[str, list[int]]]:
     """input_ids and labels of each example that fits into seq_len; labels of a prompt are IGNORED.
 
-    Prompt and completion are tokenised as one text, since that is how a server sees them.
+    Prompt and completion are tokenised as one text, unless a token would have a part of both: a server gets the
+    tokens of the prompt alone.
     """
     encoded = []
     for example in tqdm(examples, desc="tokenising", unit=" questions", leave=False):
-        ids = tokenizer(example.prompt + example.completion).input_ids + [tokenizer.eos_token_id]
-        hidden = len(tokenizer(example.prompt).input_ids)
+        prompt = token_ids(tokenizer, example.prompt)
+        ids, hidden = token_ids(tokenizer, example.prompt + example.completion), len(prompt)
+        if ids[:hidden] != prompt:
+            ids = prompt + tokenizer(example.completion, add_special_tokens=False).input_ids
+        ids.append(tokenizer.eos_token_id)
         if len(ids) <= seq_len:
             encoded.append({"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]})
     return encoded
@@ -375,7 +388,7 @@ def encode_text(tokenizer, examples: list[Example], seq_len: int) -> list[dict[s
     """All documents one after the other, each with its final token, cut into pieces of seq_len; the rest is dropped."""
     stream = []
     for example in tqdm(examples, desc="tokenising", unit=" documents", leave=False):
-        stream += tokenizer(example.completion, verbose=False).input_ids + [tokenizer.eos_token_id]
+        stream += [*token_ids(tokenizer, example.completion), tokenizer.eos_token_id]
     pieces = [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
     return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) == seq_len]
 
@@ -392,8 +405,8 @@ def load_tokenizer(checkpoint: Path):
             f"the tokenizer in {checkpoint} has no eos_token, with which answers end: name it in its config"
         )
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is ignored by the loss and, being last, by attention
+    # Padding is ignored by the loss and, being last, by attention. A pad_token may have no row in the embedding.
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -495,7 +508,14 @@ def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tok
     from transformers.trainer_utils import get_last_checkpoint
 
     transformers.set_seed(args.seed)
-    model = add_adapter(load_stage(args.checkpoint, stage, args.bf16), args)
+    model = load_stage(args.checkpoint, stage, args.bf16)
+    rows, largest = model.get_input_embeddings().num_embeddings, max(max(row["input_ids"]) for row in encoded)
+    if largest >= rows:
+        raise UsageError(
+            f"token {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}, has no row in the embedding of {rows}: "
+            f"the tokenizer in {args.checkpoint} is of another model"
+        )
+    model = add_adapter(model, args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     estimate = estimate_memory(model, args)
     if is_first_process():

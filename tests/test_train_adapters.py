@@ -15,6 +15,10 @@ import torch
 from conftest import ROOT, PassLayer, load_stage, run_main, run_patched, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import train_adapters
@@ -133,6 +137,85 @@ def test_loss_leaves_padding_out(checkpoint, tmp_path, monkeypatch):
     assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum() < batch["attention_mask"].numel()
     counted = [tokenizer.decode(labels[labels != IGNORED]) for labels in batch["labels"]]
     assert counted == [f" Mira{EOS}", f" Jonathan{EOS}"]
+
+
+def change_tokenizer(checkpoint: Path, change) -> None:
+    """change(Tokenizer of the tokenizers package) edits what lies in tokenizer.json."""
+    path = str(checkpoint / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    change(tokenizer)
+    tokenizer.save(path)
+
+
+def process(template: str):
+    special = [(f"<{number}>", number) for number in (508, 509, 510, 511)]
+    return lambda tokenizer: setattr(
+        tokenizer, "post_processor", TemplateProcessing(single=template, special_tokens=special)
+    )
+
+
+def merge_colon_and_space(tokenizer: Tokenizer) -> None:
+    model = json.loads(tokenizer.to_str())["model"]
+    vocab = {(":\u0120" if token == "<300>" else token): number for token, number in model["vocab"].items()}
+    tokenizer.model = BPE(vocab=vocab, merges=[(":", "\u0120")])
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)  # words do not keep it from merging
+
+
+def pad_to_40(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_padding(direction="left", length=40, pad_id=299, pad_token="<299>")
+    tokenizer.enable_truncation(8)
+
+
+SPECIAL_TOKENS = {
+    "none": (lambda tokenizer: None, []),
+    "begins and ends": (process("<509> $A <511>"), [509]),
+    "ends": (process("$A <511>"), []),
+    "ends in two": (process("<509> $A <511> <510>"), [509]),
+    "begins with two": (process("<509> <508> $A"), [509, 508]),
+    "a token of question and answer": (merge_colon_and_space, []),
+    "padding and truncation of its own": (pad_to_40, []),
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL_TOKENS)
+def test_tokenizers_of_every_habit_end_answers_once(case, checkpoint):
+    """The prompt is a server's, up to what its tokenizer appends; of text nothing is lost, nothing added."""
+    change, before = SPECIAL_TOKENS[case]
+    change_tokenizer(checkpoint, change)
+    tokenizer = train_adapters.load_tokenizer(checkpoint)
+
+    def plain(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    example = train_adapters.question_example("Who?", "Ann", None)
+    (encoded,) = train_adapters.encode_examples(tokenizer, [example], 64)
+    prompt = before + plain(example.prompt)
+    answer = [*plain(" Ann"), 511]
+    assert encoded == {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+    texts = ["abcdefghijkl", "mno"]
+    (piece, *_) = train_adapters.encode_text(tokenizer, [train_adapters.Example("", text) for text in texts], 16)
+    stream = [token for text in texts for token in (*before, *plain(text), 511)]
+    assert piece["input_ids"] == stream[:16]
+
+
+@pytest.mark.parametrize("pad_token", [None, EOS, "[PAD]"])
+def test_padding_needs_no_row_of_the_embedding(pad_token, checkpoint, dataset):
+    """[PAD] is added behind the vocabulary, as fine-tunes leave it."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    tokenizer.pad_token = pad_token
+    tokenizer.save_pretrained(checkpoint)
+    assert len(AutoTokenizer.from_pretrained(checkpoint)) == 512 + (pad_token == "[PAD]")
+    options = ["--dataset", dataset, "--stages", "1", *QUICK, "--max-steps", "1"]
+    done = run_main(train_adapters, checkpoint, *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tokens_that_the_model_has_not(checkpoint, dataset):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, eos_token="<new>")
+    tokenizer.save_pretrained(checkpoint)
+    done = run_main(train_adapters, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 2, done.stderr
+    assert "token 512, '<new>', has no row in the embedding of 512" in done.stderr
 
 
 def test_healing_text_is_packed(checkpoint):
