@@ -72,6 +72,7 @@ SETTINGS = (
 )
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/train.json")
+SQUAD_VERSIONS = ("1.1", "v1.1")
 HUB_DATASETS = {"squad": "rajpurkar/squad"}
 PROMPT = "Question: {question}\nAnswer:"
 CONTEXT = "Context: {context}\n"
@@ -214,7 +215,7 @@ def read_stages(checkpoint: Path) -> list[Stage]:
             "make one with: python prune_and_split.py MODEL OUT"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         if manifest["format_version"] != FORMAT_VERSION:
             raise UsageError(
                 f"{path} has format_version {manifest['format_version']!r}, {NAME} reads {FORMAT_VERSION}\n"
@@ -294,7 +295,9 @@ def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
 def read_squad(path: Path, with_context: bool) -> list[Example]:
     """Questions with their first answer, from a file in the format of SQuAD v1.1. Raises UsageError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
     except ValueError as error:  # says the line
         raise UsageError(f"{path} is no JSON ({error})\ngive a file in the format of SQuAD v1.1") from error
 
@@ -304,7 +307,13 @@ def read_squad(path: Path, with_context: bool) -> list[Example]:
         return value
 
     examples = []
-    content = of(content, dict, "the whole")
+    if "Data" in of(content, dict, "the whole"):
+        raise UsageError(f"{path} is in the format of TriviaQA (it has Data)\ngive a file in the format of SQuAD v1.1")
+    if "version" in content and str(content["version"]) not in SQUAD_VERSIONS:
+        raise UsageError(
+            f"{path}: version is {content['version']!r}, and this script has the rules of SQuAD v1.1 alone\n"
+            "give a file of that version"
+        )
     for a, article in enumerate(of(content.get("data"), list, "data")):
         paragraphs = of(of(article, dict, f"data[{a}]").get("paragraphs"), list, f"data[{a}].paragraphs")
         for p, paragraph in enumerate(paragraphs):
@@ -313,9 +322,15 @@ def read_squad(path: Path, with_context: bool) -> list[Example]:
             for q, qa in enumerate(of(of(paragraph, dict, where).get("qas"), list, f"{where}.qas")):
                 here = f"{where}.qas[{q}]"
                 question = of(of(qa, dict, here).get("question"), str, f"{here}.question")
-                for answer in of(qa.get("answers"), list, f"{here}.answers")[:1]:
-                    text = of(of(answer, dict, f"{here}.answers[0]").get("text"), str, f"{here}.answers[0].text")
-                    examples.append(question_example(question, text, context))
+                first = f"{here}.answers[0]"
+                answers = of(qa.get("answers"), list, f"{here}.answers")
+                text = of(of(answers[0], dict, first).get("text"), str, f"{first}.text") if answers else ""
+                if qa.get("is_impossible") or not text.strip():
+                    raise UsageError(
+                        f"{path}: {here} has no answer, as in SQuAD v2.0, whose rules this script has not\n"
+                        "give a file of SQuAD v1.1, or leave such questions out"
+                    )
+                examples.append(question_example(question, text, context))
     return examples
 
 
@@ -330,7 +345,7 @@ def read_examples(args: argparse.Namespace) -> list[Example]:
     """What to train on: plain text, a SQuAD file, or SQuAD from the Hub. Raises UsageError."""
     if args.heal_on:
         try:
-            lines = args.heal_on.read_text(encoding="utf-8").splitlines()
+            lines = args.heal_on.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UsageError(f"--heal-on {args.heal_on} cannot be read as text ({error}): name a text file") from error
         examples = [Example("", line.strip()) for line in lines if line.strip()]

@@ -3,6 +3,7 @@
 No engine. About 15 seconds.
 """
 
+import codecs
 import json
 import shutil
 import signal
@@ -235,6 +236,18 @@ def test_real_squad():
     assert examples[0].prompt.startswith("Context: Super Bowl 50 was an American football game")
 
 
+def test_byte_order_marks_are_no_text(checkpoint, dataset, tmp_path):
+    """Notepad and PowerShell leave them; examples and stages are the same as without."""
+    text = tmp_path / "text"
+    text.write_text("one\ntwo\n")
+    given = [Namespace(heal_on=text), Namespace(heal_on=None, dataset=str(dataset), with_context=True)]
+    files = [text, dataset, checkpoint / "progressive.json"]
+    before = [*map(train_adapters.read_examples, given), train_adapters.read_stages(checkpoint)]
+    for path in files:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert [*map(train_adapters.read_examples, given), train_adapters.read_stages(checkpoint)] == before
+
+
 def test_healing_and_every_linear_layer(checkpoint, tmp_path):
     text = tmp_path / "text"
     text.write_text("".join(f"Line {n} of the text that heals the model.\n" for n in range(60)))
@@ -361,6 +374,29 @@ MALFORMED = {
         "qas[0].answers[0].text",
     ),
     "nothing": ({"data": []}, "is empty"),
+    "SQuAD v2.0": (
+        {"version": "v2.0", "data": [{"paragraphs": [{"qas": [{"question": "?", "answers": [{"text": "a"}]}]}]}]},
+        "version is 'v2.0', and this script has the rules of SQuAD v1.1 alone\ngive a file of that version",
+    ),
+    "another version": ({"version": 1.0, "data": []}, "version is 1.0,"),
+    "impossible": (
+        {"data": [{"paragraphs": [{"qas": [{"question": "?", "answers": [{"text": "a"}], "is_impossible": True}]}]}]},
+        "data[0].paragraphs[0].qas[0] has no answer, as in SQuAD v2.0",
+    ),
+    "no answer": (
+        {"version": "1.1", "data": [{"paragraphs": [{"qas": [{"question": "?", "answers": []}]}]}]},
+        "leave such questions out",
+    ),
+    "an empty answer": (
+        {"version": "1.1", "data": [{"paragraphs": [{"qas": [{"question": "?", "answers": [{"text": " "}]}]}]}]},
+        "qas[0] has no answer",
+    ),
+    "TriviaQA": ({"Version": 1.0, "Data": []}, "the format of TriviaQA"),
+    "rows of a dataset": ({"data": [{"question": "?", "answers": {"text": ["a"]}}]}, "data[0].paragraphs"),
+    "a list of rows": ([{"question": "?"}], "the format is that of SQuAD v1.1"),
+    "JSON Lines": ('{"question": "?"}\n{"question": "?"}\n', "give a file in the format of SQuAD v1.1"),
+    "CSV": ("question,answer\n?,a\n", "give a file in the format of SQuAD v1.1"),
+    "tab-separated lines": ("?\t['a']\n", "give a file in the format of SQuAD v1.1"),
 }
 
 
