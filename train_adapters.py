@@ -70,6 +70,10 @@ SETTINGS = (
     *("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", "VLLM_ENABLE_STARTUP_PLAN"),
     *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
 )
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # that stages of layers are made of
+# Tables in every layer of old checkpoints, which vLLM's AutoWeightsLoader leaves out.
+ROTARY_TABLE = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq")
+BIAS_SETTINGS = ("attention_bias", "bias", "qkv_bias", "mlp_bias")  # of a config.json, by which vLLM has biases
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/train.json")
 SQUAD_VERSIONS = ("1.1", "v1.1")
@@ -249,6 +253,26 @@ def choose_stages(stages: list[Stage], wanted: str | None) -> list[Stage]:
     return chosen
 
 
+def check_config(checkpoint: Path, num_layers: int) -> None:
+    """Raises UsageError for a config.json that is not of `num_layers` unquantised layers of a known architecture."""
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        layers, architectures = config["num_hidden_layers"], config.get("architectures")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be used ({error!r}): copy it from the model again") from error
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in ARCHITECTURES:
+        raise UsageError(f"{path}: architectures is {architectures!r}: it must name {' or '.join(ARCHITECTURES)}")
+    if layers != num_layers:
+        raise UsageError(f"{path} has {layers} layers, progressive.json {num_layers}: make the checkpoint again")
+    for where in (config, config.get("text_config") or {}):
+        if quantized := where.get("quantization_config") or where.get("compression_config"):
+            method = quantized.get("quant_method")
+            raise UsageError(f"{path}: quantization_config {method}: stages are of unquantised weights; take those")
+    if (checkpoint / "hf_quant_config.json").is_file():
+        raise UsageError(f"{checkpoint} has a hf_quant_config.json: stages are of unquantised weights; take those")
+
+
 def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
     """The model of `stage` with PassLayers for what is missing, on the CPU; the later stage files are not opened.
 
@@ -264,24 +288,37 @@ def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
             return hidden_states
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    config = AutoConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for layer in set(range(config.num_hidden_layers)) - set(stage.layers):
-        model.model.layers[layer] = PassLayer()
     weights = {}
     for name in stage.files:
         try:
             weights |= {key: tensor.to(dtype) for key, tensor in load_file(checkpoint / name).items()}
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{checkpoint / name} cannot be read ({error}): make the checkpoint again") from error
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{checkpoint / 'config.json'} cannot be used ({str(error).splitlines()[0]})") from error
+    if "lm_head.weight" in weights:
+        config.tie_word_embeddings = False  # vLLM's maybe_untie_word_embeddings goes by the file, too
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for layer in set(range(config.num_hidden_layers)) - set(stage.layers):
+        model.model.layers[layer] = PassLayer()
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         raise UsageError(f"{checkpoint} does not fit its own config.json: {error}") from error
-    if set(missing) - tied or unexpected:
-        raise UsageError(f"{checkpoint} does not fit its own manifest: missing {missing}, unexpected {unexpected}")
+    if lacking := sorted(set(missing) - tied):
+        raise UsageError(f"{checkpoint} has no tensor {lacking[0]} ({len(lacking)} missing): make the checkpoint again")
+    left_out = set(filter(ROTARY_TABLE.search, unexpected))
+    if not any(getattr(config, setting, False) for setting in BIAS_SETTINGS):
+        left_out |= {f"{name.removesuffix('.weight')}.bias" for name in weights}  # as vLLM does: GPTQ adds them
+    if others := sorted(set(unexpected) - left_out):
+        raise UsageError(
+            f"{checkpoint} has tensors that are not of its model: {', '.join(others[:4])} ({len(others)} in all)\n"
+            "make it again from a model without them"
+        )
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # computed, not loaded
     model.config.use_cache = False
@@ -408,11 +445,29 @@ def encode_text(tokenizer, examples: list[Example], seq_len: int) -> list[dict[s
     return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) == seq_len]
 
 
+def check_tokenizer_code(checkpoint: Path) -> None:
+    """Raises UsageError for a tokenizer with code of its own, whose tokens a server may take."""
+    path = checkpoint / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        own = config.get("auto_map") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be used ({error!r}): copy it from the model again") from error
+    if isinstance(own, dict):  # it was a list of classes once
+        own = own.get("AutoTokenizer")
+    if own:
+        raise UsageError(
+            f"{path}: auto_map names code of the tokenizer's own, {own!r}, which {NAME} does not run: save it "
+            "as a plain tokenizer.json, and leave auto_map out"
+        )
+
+
 def load_tokenizer(checkpoint: Path):
     from transformers import AutoTokenizer
 
+    check_tokenizer_code(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"no tokenizer in {checkpoint} ({str(error).splitlines()[0]}): copy it there") from error
     if tokenizer.eos_token is None:
@@ -692,14 +747,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     try:
-        chosen = choose_stages(read_stages(args.checkpoint), args.stages)
+        stages = read_stages(args.checkpoint)
+        check_config(args.checkpoint, len(stages[-1].layers))
+        chosen = choose_stages(stages, args.stages)
         outs = {stage.number: args.checkpoint / "adapters" / f"stage{stage.number}" for stage in chosen}
         chosen = [stage for stage in chosen if not (args.resume and outs[stage.number].exists())]
         for stage in chosen:
             if outs[stage.number].exists() and not args.force:
                 raise UsageError(f"{outs[stage.number]} exists already: replace it with --force")
-        examples = read_examples(args)
         tokenizer = load_tokenizer(args.checkpoint)
+        examples = read_examples(args)
         encoded = encode(args, examples, tokenizer)
         for stage in chosen:
             folder = working_folder(args, stage)

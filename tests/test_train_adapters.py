@@ -9,13 +9,14 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, PassLayer, load_stage, run_main, run_patched, run_script
+from conftest import ROOT, PassLayer, edit_config, load_stage, run_main, run_patched, run_script
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -101,6 +102,91 @@ def test_stage_is_the_model_with_pass_layers(split_tiny):
     with torch.no_grad():
         ours = train_adapters.load_stage(split_tiny, stage, bf16=False)(ids).logits
         assert torch.equal(ours, load_stage(split_tiny, 1)(ids).logits)
+
+
+def edit_weights(checkpoint: Path, **tensors: torch.Tensor | None) -> None:
+    """Put tensors into the file of stage 1, or take them out."""
+    path = checkpoint / "model-stage1.safetensors"
+    weights = {**load_file(path), **tensors}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path, {"format": "pt"})
+
+
+LEFT_OUT = (
+    *("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.cos_cached"),
+    *("model.layers.3.self_attn.rotary_emb.sin_cached", "model.rotary_emb.inv_freq"),
+    "model.layers.3.self_attn.q_proj.bias",
+)
+
+
+def test_tensors_that_are_no_parameters_are_left_out(checkpoint, dataset):
+    """Every LLaMA-2 of its day has inv_freq in each layer; transformers and vLLM leave it out."""
+    edit_weights(checkpoint, **{name: torch.rand(128) for name in LEFT_OUT})
+    done = run_main(train_adapters, checkpoint, "--dataset", dataset, "--stages", "1", *QUICK, "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    stage = train_adapters.read_stages(checkpoint)[0]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours = train_adapters.load_stage(checkpoint, stage, bf16=False)(ids).logits
+        assert torch.equal(ours, load_stage(checkpoint, 1)(ids).logits)
+
+
+@pytest.mark.slow
+def test_vllm_leaves_out_the_same_tensors():
+    from vllm.model_executor.models.utils import AutoWeightsLoader
+
+    mapper = AutoWeightsLoader.REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
+    assert all(mapper.apply_list([name]) == [] for name in LEFT_OUT[:-1])
+    assert all(train_adapters.ROTARY_TABLE.search(f"model.{part}") for part in mapper.orig_to_new_substr)
+    module = torch.nn.Module()
+    module.q_proj = torch.nn.Linear(1, 1, bias=False)
+    assert AutoWeightsLoader(module).load_weights(iter([("q_proj.bias", torch.zeros(1))])) == set()
+    for name in ("q_norm.weight", "q_norm.bias", "q_proj.weight_scale"):
+        with pytest.raises(ValueError, match=name.split(".")[0]):
+            AutoWeightsLoader(module).load_weights(iter([(name, torch.zeros(1))]))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("model.layers.0.self_attn.q_norm.weight", {}),
+        ("model.layers.0.self_attn.q_proj.weight_scale", {}),
+        ("lm_head.weight_scale", {}),
+        ("model.layers.0.self_attn.q_norm.bias", {}),
+        ("model.layers.0.self_attn.o_proj.bias", {"bias": True}),  # vLLM's model has it then, transformers' has not
+    ],
+)
+def test_other_tensors_are_refused_by_name(name, settings, checkpoint, dataset):
+    edit_weights(checkpoint, **{name: torch.rand(128)})
+    edit_config(checkpoint, **settings)
+    done = run_main(train_adapters, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 2, done.stderr
+    assert f"not of its model: {name} (1 in all)" in done.stderr
+
+
+def test_missing_tensors_are_refused_by_name(checkpoint, dataset):
+    edit_weights(checkpoint, **{"lm_head.weight": None})
+    done = run_main(train_adapters, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 2 and "no tensor lm_head.weight (1 missing)" in done.stderr
+
+
+@pytest.mark.parametrize("head", ["another", "equal", "none"])
+def test_a_head_in_the_file_is_used_though_the_config_ties_it(head, checkpoint):
+    """vLLM unties them then."""
+    embedding = load_file(checkpoint / "model-stage1.safetensors")["model.embed_tokens.weight"]
+    heads = {"another": embedding.flip(0).contiguous(), "equal": embedding.clone(), "none": None}
+    edit_weights(checkpoint, **{"lm_head.weight": heads[head]})
+    edit_config(checkpoint, tie_word_embeddings=True)
+    is_tied = head == "none"
+    whole = train_adapters.read_stages(checkpoint)[-1]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours = train_adapters.load_stage(checkpoint, whole, bf16=False)(ids).logits
+        if is_tied:  # the index names a tensor that is there no more
+            (checkpoint / "model.safetensors.index.json").unlink()
+            files = [load_file(checkpoint / name) for name in whole.files]
+            save_file(dict(ChainMap(*files)), checkpoint / "model.safetensors", {"format": "pt"})
+        theirs = AutoModelForCausalLM.from_pretrained(checkpoint, tie_word_embeddings=is_tied)(ids).logits
+    assert torch.equal(ours, theirs)
 
 
 def test_loss_is_on_the_answer_alone(checkpoint):
@@ -349,6 +435,51 @@ def test_bad_input(options, named, checkpoint, dataset):
     assert done.returncode == 2, done.stderr
     assert named in done.stderr
     assert not list((checkpoint / "adapters").glob("stage*"))
+
+
+CONFIGS = {
+    "quantised": (
+        {"quantization_config": {"quant_method": "awq"}},
+        "quantization_config awq: stages are of unquantised",
+    ),
+    "compressed": ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantization_config compressed"),
+    "no architectures": ({"architectures": None}, "architectures is None: it must name LlamaForCausalLM"),
+    "no architecture": ({"architectures": []}, "architectures is []: it must name LlamaForCausalLM"),
+    "another architecture": ({"architectures": ["Qwen2ForCausalLM"]}, "architectures is ['Qwen2ForCausalLM']"),
+    "more layers": ({"num_hidden_layers": 5}, "has 5 layers, progressive.json 4"),
+    "unknown model": ({"model_type": "x"}, "model type `x`"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_do_not_fit(case, checkpoint, dataset):
+    values, named = CONFIGS[case]
+    edit_config(checkpoint, **values)
+    done = run_main(train_adapters, checkpoint, "--dataset", dataset, *QUICK)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("train_adapters.py: error: ")]
+    assert named in line and str(checkpoint / "config.json") in line
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_configs_that_cannot_be_read(content, checkpoint):
+    (checkpoint / "config.json").unlink()
+    if content:
+        (checkpoint / "config.json").write_text(content)
+    done = run_main(train_adapters, checkpoint)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"{checkpoint / 'config.json'} cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize("own", [{"AutoTokenizer": [None, "tokenization_x.X"]}, ["tokenization_x.X", None]])
+def test_tokenizer_with_code_of_its_own(own, checkpoint):
+    """Its tokens may be others than those of the tokenizer.json beside it. No text has been looked for by then."""
+    (checkpoint / "tokenization_x.py").write_text("raise RuntimeError")
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "X", "auto_map": own}))
+    done = run_main(train_adapters, checkpoint, "--dataset", "nowhere.json")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(path) in done.stderr and "tokenization_x.X" in done.stderr and "leave auto_map out" in done.stderr
 
 
 def test_tokenizer_without_an_end(split_tiny):
