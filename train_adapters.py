@@ -253,8 +253,14 @@ def choose_stages(stages: list[Stage], wanted: str | None) -> list[Stage]:
     return chosen
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def check_config(checkpoint: Path, num_layers: int) -> None:
     """Raises UsageError for a config.json that is not of `num_layers` unquantised layers of a known architecture."""
+    from transformers import AutoConfig
+
     path = checkpoint / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -265,12 +271,17 @@ def check_config(checkpoint: Path, num_layers: int) -> None:
         raise UsageError(f"{path}: architectures is {architectures!r}: it must name {' or '.join(ARCHITECTURES)}")
     if layers != num_layers:
         raise UsageError(f"{path} has {layers} layers, progressive.json {num_layers}: make the checkpoint again")
-    for where in (config, config.get("text_config") or {}):
+    for where in (config, config.get("text_config")):
+        where = where if isinstance(where, dict) else {}
         if quantized := where.get("quantization_config") or where.get("compression_config"):
-            method = quantized.get("quant_method")
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise UsageError(f"{path}: quantization_config {method}: stages are of unquantised weights; take those")
     if (checkpoint / "hf_quant_config.json").is_file():
         raise UsageError(f"{checkpoint} has a hf_quant_config.json: stages are of unquantised weights; take those")
+    try:
+        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # of many kinds: each setting has its own checks
+        raise UsageError(f"{path} cannot be used ({first_line(error)}): copy it from the model again") from error
 
 
 def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
@@ -294,10 +305,7 @@ def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
             weights |= {key: tensor.to(dtype) for key, tensor in load_file(checkpoint / name).items()}
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{checkpoint / name} cannot be read ({error}): make the checkpoint again") from error
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{checkpoint / 'config.json'} cannot be used ({str(error).splitlines()[0]})") from error
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if "lm_head.weight" in weights:
         config.tie_word_embeddings = False  # vLLM's maybe_untie_word_embeddings goes by the file, too
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -468,8 +476,8 @@ def load_tokenizer(checkpoint: Path):
     check_tokenizer_code(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no tokenizer in {checkpoint} ({str(error).splitlines()[0]}): copy it there") from error
+    except Exception as error:  # the tokenizers package raises nothing more special
+        raise UsageError(f"no tokenizer in {checkpoint} ({first_line(error)}): copy it there") from error
     if tokenizer.eos_token is None:
         raise UsageError(
             f"the tokenizer in {checkpoint} has no eos_token, with which answers end: name it in its config"
@@ -748,13 +756,13 @@ def main() -> int:
     args = parse_args()
     try:
         stages = read_stages(args.checkpoint)
-        check_config(args.checkpoint, len(stages[-1].layers))
         chosen = choose_stages(stages, args.stages)
         outs = {stage.number: args.checkpoint / "adapters" / f"stage{stage.number}" for stage in chosen}
         chosen = [stage for stage in chosen if not (args.resume and outs[stage.number].exists())]
         for stage in chosen:
             if outs[stage.number].exists() and not args.force:
                 raise UsageError(f"{outs[stage.number]} exists already: replace it with --force")
+        check_config(args.checkpoint, len(stages[-1].layers))
         tokenizer = load_tokenizer(args.checkpoint)
         examples = read_examples(args)
         encoded = encode(args, examples, tokenizer)
