@@ -70,8 +70,13 @@ SETTINGS = (
     *("VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", "VLLM_ENABLE_STARTUP_PLAN"),
     *("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_USE_MODELSCOPE"),
 )
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # that stages of layers are made of
+# Tables in every layer of old checkpoints, which vLLM's AutoWeightsLoader leaves out.
+ROTARY_TABLE = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq")
+BIAS_SETTINGS = ("attention_bias", "bias", "qkv_bias", "mlp_bias")  # of a config.json, by which vLLM has biases
 DEMO_CHECKPOINT = Path("demo/checkpoint")
 DEMO_FACTS = Path("demo/model/facts/train.json")
+SQUAD_VERSIONS = ("1.1", "v1.1")
 HUB_DATASETS = {"squad": "rajpurkar/squad"}
 PROMPT = "Question: {question}\nAnswer:"
 CONTEXT = "Context: {context}\n"
@@ -214,7 +219,7 @@ def read_stages(checkpoint: Path) -> list[Stage]:
             "make one with: python prune_and_split.py MODEL OUT"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         if manifest["format_version"] != FORMAT_VERSION:
             raise UsageError(
                 f"{path} has format_version {manifest['format_version']!r}, {NAME} reads {FORMAT_VERSION}\n"
@@ -248,6 +253,37 @@ def choose_stages(stages: list[Stage], wanted: str | None) -> list[Stage]:
     return chosen
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def check_config(checkpoint: Path, num_layers: int) -> None:
+    """Raises UsageError for a config.json that is not of `num_layers` unquantised layers of a known architecture."""
+    from transformers import AutoConfig
+
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        layers, architectures = config["num_hidden_layers"], config.get("architectures")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be used ({error!r}): copy it from the model again") from error
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in ARCHITECTURES:
+        raise UsageError(f"{path}: architectures is {architectures!r}: it must name {' or '.join(ARCHITECTURES)}")
+    if layers != num_layers:
+        raise UsageError(f"{path} has {layers} layers, progressive.json {num_layers}: make the checkpoint again")
+    for where in (config, config.get("text_config")):
+        where = where if isinstance(where, dict) else {}
+        if quantized := where.get("quantization_config") or where.get("compression_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise UsageError(f"{path}: quantization_config {method}: stages are of unquantised weights; take those")
+    if (checkpoint / "hf_quant_config.json").is_file():
+        raise UsageError(f"{checkpoint} has a hf_quant_config.json: stages are of unquantised weights; take those")
+    try:
+        AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # of many kinds: each setting has its own checks
+        raise UsageError(f"{path} cannot be used ({first_line(error)}): copy it from the model again") from error
+
+
 def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
     """The model of `stage` with PassLayers for what is missing, on the CPU; the later stage files are not opened.
 
@@ -263,24 +299,34 @@ def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
             return hidden_states
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    config = AutoConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for layer in set(range(config.num_hidden_layers)) - set(stage.layers):
-        model.model.layers[layer] = PassLayer()
     weights = {}
     for name in stage.files:
         try:
             weights |= {key: tensor.to(dtype) for key, tensor in load_file(checkpoint / name).items()}
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{checkpoint / name} cannot be read ({error}): make the checkpoint again") from error
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if "lm_head.weight" in weights:
+        config.tie_word_embeddings = False  # vLLM's maybe_untie_word_embeddings goes by the file, too
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for layer in set(range(config.num_hidden_layers)) - set(stage.layers):
+        model.model.layers[layer] = PassLayer()
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         raise UsageError(f"{checkpoint} does not fit its own config.json: {error}") from error
-    if set(missing) - tied or unexpected:
-        raise UsageError(f"{checkpoint} does not fit its own manifest: missing {missing}, unexpected {unexpected}")
+    if lacking := sorted(set(missing) - tied):
+        raise UsageError(f"{checkpoint} has no tensor {lacking[0]} ({len(lacking)} missing): make the checkpoint again")
+    left_out = set(filter(ROTARY_TABLE.search, unexpected))
+    if not any(getattr(config, setting, False) for setting in BIAS_SETTINGS):
+        left_out |= {f"{name.removesuffix('.weight')}.bias" for name in weights}  # as vLLM does: GPTQ adds them
+    if others := sorted(set(unexpected) - left_out):
+        raise UsageError(
+            f"{checkpoint} has tensors that are not of its model: {', '.join(others[:4])} ({len(others)} in all)\n"
+            "make it again from a model without them"
+        )
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # computed, not loaded
     model.config.use_cache = False
@@ -294,7 +340,9 @@ def load_stage(checkpoint: Path, stage: Stage, bf16: bool):
 def read_squad(path: Path, with_context: bool) -> list[Example]:
     """Questions with their first answer, from a file in the format of SQuAD v1.1. Raises UsageError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
     except ValueError as error:  # says the line
         raise UsageError(f"{path} is no JSON ({error})\ngive a file in the format of SQuAD v1.1") from error
 
@@ -304,7 +352,13 @@ def read_squad(path: Path, with_context: bool) -> list[Example]:
         return value
 
     examples = []
-    content = of(content, dict, "the whole")
+    if "Data" in of(content, dict, "the whole"):
+        raise UsageError(f"{path} is in the format of TriviaQA (it has Data)\ngive a file in the format of SQuAD v1.1")
+    if "version" in content and str(content["version"]) not in SQUAD_VERSIONS:
+        raise UsageError(
+            f"{path}: version is {content['version']!r}, and this script has the rules of SQuAD v1.1 alone\n"
+            "give a file of that version"
+        )
     for a, article in enumerate(of(content.get("data"), list, "data")):
         paragraphs = of(of(article, dict, f"data[{a}]").get("paragraphs"), list, f"data[{a}].paragraphs")
         for p, paragraph in enumerate(paragraphs):
@@ -313,9 +367,15 @@ def read_squad(path: Path, with_context: bool) -> list[Example]:
             for q, qa in enumerate(of(of(paragraph, dict, where).get("qas"), list, f"{where}.qas")):
                 here = f"{where}.qas[{q}]"
                 question = of(of(qa, dict, here).get("question"), str, f"{here}.question")
-                for answer in of(qa.get("answers"), list, f"{here}.answers")[:1]:
-                    text = of(of(answer, dict, f"{here}.answers[0]").get("text"), str, f"{here}.answers[0].text")
-                    examples.append(question_example(question, text, context))
+                first = f"{here}.answers[0]"
+                answers = of(qa.get("answers"), list, f"{here}.answers")
+                text = of(of(answers[0], dict, first).get("text"), str, f"{first}.text") if answers else ""
+                if qa.get("is_impossible") or not text.strip():
+                    raise UsageError(
+                        f"{path}: {here} has no answer, as in SQuAD v2.0, whose rules this script has not\n"
+                        "give a file of SQuAD v1.1, or leave such questions out"
+                    )
+                examples.append(question_example(question, text, context))
     return examples
 
 
@@ -330,7 +390,7 @@ def read_examples(args: argparse.Namespace) -> list[Example]:
     """What to train on: plain text, a SQuAD file, or SQuAD from the Hub. Raises UsageError."""
     if args.heal_on:
         try:
-            lines = args.heal_on.read_text(encoding="utf-8").splitlines()
+            lines = args.heal_on.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as error:
             raise UsageError(f"--heal-on {args.heal_on} cannot be read as text ({error}): name a text file") from error
         examples = [Example("", line.strip()) for line in lines if line.strip()]
@@ -357,15 +417,28 @@ def read_examples(args: argparse.Namespace) -> list[Example]:
     return examples
 
 
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text and what the tokenizer puts before it; what it appends is left out: more text follows."""
+    row = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    end = len(row.input_ids)
+    while end and row.special_tokens_mask[end - 1]:
+        end -= 1
+    return row.input_ids[:end]
+
+
 def encode_examples(tokenizer, examples: list[Example], seq_len: int) -> list[dict[str, list[int]]]:
     """input_ids and labels of each example that fits into seq_len; labels of a prompt are IGNORED.
 
-    Prompt and completion are tokenised as one text, since that is how a server sees them.
+    Prompt and completion are tokenised as one text, unless a token would have a part of both: a server gets the
+    tokens of the prompt alone.
     """
     encoded = []
     for example in tqdm(examples, desc="tokenising", unit=" questions", leave=False):
-        ids = tokenizer(example.prompt + example.completion).input_ids + [tokenizer.eos_token_id]
-        hidden = len(tokenizer(example.prompt).input_ids)
+        prompt = token_ids(tokenizer, example.prompt)
+        ids, hidden = token_ids(tokenizer, example.prompt + example.completion), len(prompt)
+        if ids[:hidden] != prompt:
+            ids = prompt + tokenizer(example.completion, add_special_tokens=False).input_ids
+        ids.append(tokenizer.eos_token_id)
         if len(ids) <= seq_len:
             encoded.append({"input_ids": ids, "labels": [IGNORED] * hidden + ids[hidden:]})
     return encoded
@@ -375,25 +448,43 @@ def encode_text(tokenizer, examples: list[Example], seq_len: int) -> list[dict[s
     """All documents one after the other, each with its final token, cut into pieces of seq_len; the rest is dropped."""
     stream = []
     for example in tqdm(examples, desc="tokenising", unit=" documents", leave=False):
-        stream += tokenizer(example.completion, verbose=False).input_ids + [tokenizer.eos_token_id]
+        stream += [*token_ids(tokenizer, example.completion), tokenizer.eos_token_id]
     pieces = [stream[start : start + seq_len] for start in range(0, len(stream), seq_len)]
     return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) == seq_len]
+
+
+def check_tokenizer_code(checkpoint: Path) -> None:
+    """Raises UsageError for a tokenizer with code of its own, whose tokens a server may take."""
+    path = checkpoint / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        own = config.get("auto_map") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be used ({error!r}): copy it from the model again") from error
+    if isinstance(own, dict):  # it was a list of classes once
+        own = own.get("AutoTokenizer")
+    if own:
+        raise UsageError(
+            f"{path}: auto_map names code of the tokenizer's own, {own!r}, which {NAME} does not run: save it "
+            "as a plain tokenizer.json, and leave auto_map out"
+        )
 
 
 def load_tokenizer(checkpoint: Path):
     from transformers import AutoTokenizer
 
+    check_tokenizer_code(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no tokenizer in {checkpoint} ({str(error).splitlines()[0]}): copy it there") from error
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises nothing more special
+        raise UsageError(f"no tokenizer in {checkpoint} ({first_line(error)}): copy it there") from error
     if tokenizer.eos_token is None:
         raise UsageError(
             f"the tokenizer in {checkpoint} has no eos_token, with which answers end: name it in its config"
         )
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is ignored by the loss and, being last, by attention
+    # Padding is ignored by the loss and, being last, by attention. A pad_token may have no row in the embedding.
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -495,7 +586,14 @@ def train_stage(args: argparse.Namespace, stage: Stage, encoded: list[dict], tok
     from transformers.trainer_utils import get_last_checkpoint
 
     transformers.set_seed(args.seed)
-    model = add_adapter(load_stage(args.checkpoint, stage, args.bf16), args)
+    model = load_stage(args.checkpoint, stage, args.bf16)
+    rows, largest = model.get_input_embeddings().num_embeddings, max(max(row["input_ids"]) for row in encoded)
+    if largest >= rows:
+        raise UsageError(
+            f"token {largest}, {tokenizer.convert_ids_to_tokens(largest)!r}, has no row in the embedding of {rows}: "
+            f"the tokenizer in {args.checkpoint} is of another model"
+        )
+    model = add_adapter(model, args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     estimate = estimate_memory(model, args)
     if is_first_process():
@@ -657,14 +755,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     try:
-        chosen = choose_stages(read_stages(args.checkpoint), args.stages)
+        stages = read_stages(args.checkpoint)
+        chosen = choose_stages(stages, args.stages)
         outs = {stage.number: args.checkpoint / "adapters" / f"stage{stage.number}" for stage in chosen}
         chosen = [stage for stage in chosen if not (args.resume and outs[stage.number].exists())]
         for stage in chosen:
             if outs[stage.number].exists() and not args.force:
                 raise UsageError(f"{outs[stage.number]} exists already: replace it with --force")
-        examples = read_examples(args)
+        check_config(args.checkpoint, len(stages[-1].layers))
         tokenizer = load_tokenizer(args.checkpoint)
+        examples = read_examples(args)
         encoded = encode(args, examples, tokenizer)
         for stage in chosen:
             folder = working_folder(args, stage)
