@@ -491,7 +491,7 @@ FULL_DISKS = {  # options of tmpfs, and what finds no room
     "nothing": ("size=8k", ["config.json", "stage1", "stage2", "stage3"]),
     "the small files": ("size=64k", ["stage1", "stage2", "stage3"]),
     "all but the last stage": ("size=2600k", ["stage3"]),
-    "no more files": ("nr_inodes=11", ["stage2", "stage3"]),
+    "no more files": ("nr_inodes=13", ["stage2", "stage3"]),
 }
 
 
@@ -685,7 +685,10 @@ def test_stage_is_shown_as_active_when_its_weights_are_there(split_tiny, tmp_pat
     journal.mark("binding", stage=1, serve=1, streamed=True, ranks=1)
     journal.mark("active", stage=1, pause=0.1)
     assert "active" not in shown() and progress.active_stage == 1
-    assert progress.ready_stage() == 0 and progress.seconds_until(1) >= 1
+    assert progress.ready_stage() == 0 and progress.seconds_until(1) is None  # before there is a byte
+    journal.mark("read", file="model-stage1.safetensors", bytes=10)
+    shown()
+    assert progress.seconds_until(1) >= 1
     journal.mark("resident", stage=1)
     journal.mark("bound", stage=1, rank=0)
     assert shown() == ["start", "binding", "resident", "bound", "active"]

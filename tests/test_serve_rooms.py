@@ -1338,6 +1338,7 @@ def test_refusal_reaches_a_page_of_another_origin(served):
             assert ours <= set(exposed)
             return answer.status, ours
 
+        server.mark("read", file="model-stage1.safetensors", bytes=10)
         assert await found("/ready", None, "GET") == (503, {"retry-after"})
         assert await found("/ready?stage=3", None, "GET") == (503, set())
         await server.reach(1)
