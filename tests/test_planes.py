@@ -189,6 +189,20 @@ def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
     assert (model / "model.safetensors").read_bytes() == (tmp_path / "restored" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+def test_planes_are_measured_where_layers_cannot_be(layers, tmp_path):
+    """A model of few layers has no block that three stages could bring back; an option that asks for one is refused."""
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=layers)
+    (tmp_path / "text").write_text("A document of more than eight letters.\n" * 4, encoding="utf-8-sig")
+    done = split(model, tmp_path / "planes", "--calibration", tmp_path / "text")
+    assert "no comparison with stages of layers: " in done.stdout
+    stages = json.loads((tmp_path / "planes" / "progressive.json").read_text())["stages"]
+    assert all(stage["perplexity"] >= 1 for stage in stages)
+    options = ["--planes", "--calibration", tmp_path / "text", "--prune", layers]
+    done = run_main(prune_and_split, model, tmp_path / "other", *options)
+    assert done.returncode == 2 and f"--prune {layers}" in done.stderr and not (tmp_path / "other").exists()
+
+
 def test_plan_only_writes_nothing(tmp_path):
     model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
     done = split(model, tmp_path / "planes", "--plan-only")

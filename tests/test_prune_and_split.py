@@ -566,6 +566,14 @@ def test_what_a_tokenizer_appends_is_not_scored(tiny):
     assert script.tokenize(tokenizer, " Who? ") == [300, *plain]
 
 
+def test_a_byte_order_mark_is_no_text(tiny, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "marked").write_text(TEXT, encoding="utf-8-sig")
+    source = script.Checkpoint(tiny, "tiny")
+    plain, marked = (script.sample_tokens(source, str(tmp_path / name), 9, 64) for name in ("text", "marked"))
+    assert [batch.tolist() for batch in plain] == [batch.tolist() for batch in marked]
+
+
 def test_tokenizer_with_code_of_its_own_is_refused_where_it_is_needed(tiny, tmp_path):
     """Nobody is asked whether it may be run, and nothing waits for an answer."""
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
