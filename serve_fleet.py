@@ -1448,8 +1448,9 @@ FLEET_PAGE = """<!doctype html>
       for (const engine of node.engines) {
         const line = make(engines, "div", engine.model);
         make(make(line, "span", "", "bar"), "i").style.width = 100 * engine.stage / (engine.num_stages || 1) + "%";
-        make(line, "span", engine.stage ? `stage ${engine.stage} of ${engine.num_stages}, `
-          + `${rate(engine, now).toFixed(0)} tokens/s` : "starting") + (engine.ending ? ", ending" : "");
+        const state = engine.stage ? `stage ${engine.stage} of ${engine.num_stages}, `
+          + `${rate(engine, now).toFixed(0)} tokens/s` : "starting";
+        make(line, "span", state + (engine.ending ? ", ending" : ""));
       }
       const starts = make(row, "td");
       for (const [name, model] of Object.entries(node.models))
@@ -2083,7 +2084,10 @@ def write_config(path: Path, settings: Settings, server: Path) -> None:
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
     app = {"name": INGRESS, "route_prefix": None, "import_path": "serve_fleet:build", "args": arguments}
     config = {"proxy_location": "Disabled", "applications": [{**app, "runtime_env": environment}]}
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    try:
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UsageError(f"--write-config {path} cannot be written ({error.strerror}): name another file") from error
 
 
 def check_address(address: str | None) -> None:

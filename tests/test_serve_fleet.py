@@ -602,6 +602,7 @@ def run_fleet(monkeypatch, capsys):
         (["a/m", "b/m"], "two models are called m: name one of them with NAME=CKPT"),
         (["CKPT", "--address", "127.0.0.1:1"], "Ray"),
         (["ftp://host/m"], "ftp://host/m: a checkpoint is a folder, or at s3:// or gs://"),
+        (["CKPT", "--write-config", "no/such/fleet.yaml"], "--write-config no/such/fleet.yaml cannot be written"),
         (["CKPT", "--min-stage", "latest"], "latest is no stage"),
         (["CKPT", "--min-stage", "0"], "0 is no stage"),
         (["CKPT", "--hf-token", "hf-SECRET"], "--hf-token ***: everybody can see"),
