@@ -1,7 +1,7 @@
 """progressive_serve.py room by room, in its order, from the command line on; before that comes test_reader.py.
 
-Nothing starts an engine; about thirty tests start a reader process or the script, which takes a second or less; about
-three quarters of a minute.
+Nothing starts an engine; about thirty tests start a reader process or the script, which takes a second or less, but
+for the four that import vLLM; about a minute.
 """
 
 import asyncio
@@ -81,8 +81,10 @@ def test_options_of_the_running_server():
         (["{checkpoint}", "--max-stall", "0"], "0 is no positive number"),
         (["{checkpoint}", "--min-stage-timeout", "never"], "never"),
         (["--port", "1", "{checkpoint}"], "the checkpoint comes first"),
-        (["{checkpoint}", "--enable-lora"], "--enable-lora"),
-        (["{checkpoint}", "--port", "{taken}", "--log-level", "ERROR"], "{taken}"),
+        pytest.param(["{checkpoint}", "--enable-lora"], "--enable-lora", marks=pytest.mark.server),
+        pytest.param(
+            ["{checkpoint}", "--port", "{taken}", "--log-level", "ERROR"], "{taken}", marks=pytest.mark.server
+        ),
         (["{checkpoint}", "--port", "80000"], "--port 80000"),
         (["{checkpoint}", "--port=-1"], "--port -1"),
         (["{checkpoint}", "--port", "x"], "'x'"),
@@ -117,6 +119,7 @@ def test_too_little_shared_memory_is_said_at_once(split_tiny):
     assert done.returncode == 2 and "/dev/shm has 64 MiB free, and vLLM needs 241" in line
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", ["progressive_serve-0.1.py", pytest.param("pserve", marks=pytest.mark.slow)])
 def test_script_may_have_any_name(name, tmp_path):
     """vLLM's processes import it by a name that it says itself."""
@@ -482,6 +485,7 @@ def test_size_of_the_kv_cache_on_a_cpu(case, copied, monkeypatch):
     assert found == (None if expected is None else int(expected * 2**30))
 
 
+@pytest.mark.server
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_forked_worker_computes_as_a_spawned_one_would():
     """As many threads as vLLM says, each on a core of its own: half of a core is lost otherwise."""
