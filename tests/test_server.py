@@ -432,7 +432,7 @@ def test_bad_later_stage_is_told_and_heals(kind, checkpoint, prompts, demo_answe
     assert str(tmp_path) not in json.dumps(progress)  # anybody may ask
     assert [row["state"] == "active" for row in progress["stages"]] == [True, True, False]
     assert server.metric("progressive_spoilt_stage") == 3 and server.metric("progressive_errors_total") >= 1
-    assert server.says(bad.name)
+    server.wait_for(lambda: server.says(bad.name))  # the controller tells it, by and by
     ready = requests.get(f"{server.url}/ready?stage=3", timeout=300)
     assert ready.status_code == 503 and bad.name in ready.json()["reason"]
     refused = server.post(prompts[0], min_stage=3)
