@@ -61,6 +61,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import yaml
 import zstandard
 from blake3 import blake3
 from safetensors import safe_open
@@ -202,7 +203,7 @@ class Checkpoint:
     def __init__(self, folder: Path, name: str, any_architecture: bool = False):
         """Check every file before any work is done. Raises UsageError.
 
-        any_architecture: nothing is assumed of the model, as it has to be where layers will be left out.
+        any_architecture: the model need not be of the LLaMA family, as it has to be where layers will be left out.
         """
         self.folder, self.name = folder, name
         self.config = read_config(folder, any_architecture)
@@ -215,7 +216,7 @@ class Checkpoint:
                 first = self.tensors[twice[0]].path
                 raise UsageError(f"{twice[0]} is in {first} and in {path.name}: move away the file that is stale")
             self.tensors |= tensors
-        if not any_architecture:
+        if self.config["architectures"][0] in SUPPORTED_ARCHITECTURES:
             check_tensors(self)
         check_shapes(self)
 
@@ -260,8 +261,8 @@ class Checkpoint:
 
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged file raises whatever its reader runs into
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise UsageError(f"no tokenizer in {self.folder} ({reason}): add it, or choose --layers") from error
 
 
@@ -399,7 +400,8 @@ def read_config(folder: Path, any_architecture: bool) -> dict:
             f"architecture {architectures[0]} in {folder / 'config.json'} is not supported:\n"
             f"choose a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}, or --planes, which take any"
         )
-    for where in (config, config.get("text_config") or {}):
+    for where in (config, config.get("text_config")):
+        where = where if isinstance(where, dict) else {}
         if quantized := where.get("quantization_config") or where.get("compression_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise UsageError(
@@ -455,19 +457,33 @@ def is_side_file(name: str) -> bool:
     return not name.endswith(WEIGHT_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
 
 
+def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """What lies below a folder and is no folder. Links are followed, unless they lead back to where they lie."""
+    above |= {identity_of(folder)}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and identity_of(path) not in above:
+            yield from walk(path, above)
+        else:
+            yield path
+
+
+def identity_of(path: Path) -> tuple[int, int]:
+    return path.stat().st_dev, path.stat().st_ino
+
+
 def copy_side_files(source: Path, folder: Path, weights: Collection[Path]) -> None:
     """Copy what goes along with the weights of a model, with its folders, and say which other files are left behind.
 
     What this project has added to a checkpoint stays with that; other checkpoints below the source are none of it.
     """
     ours = OURS if (source / "progressive.json").is_file() else ()
-    others = {path.parent for path in source.rglob("progressive.json")} - {source}
-    left = []
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+    paths, left = list(walk(source)), []
+    others = {path.parent for path in paths if path.name == "progressive.json"} - {source}
+    for path in paths:
         name = path.relative_to(source)
         if name.parts[0] in ours or others.intersection(path.parents):
             continue
-        if is_side_file(name.as_posix()):
+        if is_side_file(name.as_posix()) and path.is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         elif path not in weights and path.name != INDEX:
@@ -509,7 +525,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def check_tensors(source: Checkpoint) -> None:
     """Raises UsageError unless the weights are those that config.json promises, in a dtype that stays as it is."""
     num_layers = source.config["num_hidden_layers"]
-    expected = {f"model.layers.{layer}.{module}.weight" for layer in range(num_layers) for module in LAYER_MODULES}
+    layers = {layer_of(name) for name in source.tensors} - {None}
+    if layers and max(layers) >= num_layers:
+        raise UsageError(
+            f"{source.folder} has weights of layer {max(layers)}, but config.json num_hidden_layers={num_layers}:\n"
+            "config and weights must be of one model"
+        )
+    count = min(num_layers, len(layers) + 1)  # the first that is missing tells enough, however many there should be
+    expected = {f"model.layers.{layer}.{module}.weight" for layer in range(count) for module in LAYER_MODULES}
+    for part, setting in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")):
+        modules = [module for module in LAYER_MODULES if module.startswith(part) and source.config.get(setting)]
+        expected |= {f"model.layers.{layer}.{module}.bias" for layer in range(count) for module in modules}
     expected |= {"model.embed_tokens.weight", "model.norm.weight"}
     expected |= set() if source.config.get("tie_word_embeddings", False) else {"lm_head.weight"}
     missing = sorted(expected - source.tensors.keys())
@@ -517,12 +543,6 @@ def check_tensors(source: Checkpoint) -> None:
         raise UsageError(
             f"{source.folder} has no tensor {missing[0]} ({len(missing)} missing), though its config.json\n"
             f"asks for it with num_hidden_layers={num_layers}: config and weights must be of one model"
-        )
-    layers = {layer_of(name) for name in source.tensors} - {None}
-    if layers != set(range(num_layers)):
-        raise UsageError(
-            f"{source.folder} has weights of layer {max(layers)}, but config.json num_hidden_layers={num_layers}:\n"
-            "config and weights must be of one model"
         )
     for name in sorted(source.tensors.keys() - expected - {"lm_head.weight"}):  # biases are known to vLLM, or ignored
         if not name.endswith(".bias") and not IGNORED.search(name):
@@ -542,7 +562,8 @@ def check_shapes(source: Checkpoint) -> None:
 
     vLLM asserts the shapes while it loads, without a word. The rows of the embedding hold for any architecture.
     """
-    config = source.config.get("text_config") or source.config
+    config = source.config.get("text_config")
+    config = config if isinstance(config, dict) and config else source.config
     hidden, mlp, heads = (config.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     kv_heads, head = config.get("num_key_value_heads") or heads, config.get("head_dim")
     head = head or (hidden and heads and hidden // heads)
@@ -773,7 +794,7 @@ def collect_final_residuals(source: Source, batches: list[np.ndarray]):
 def compute_perplexity(source: Source, batches: list[np.ndarray], without: Collection[int] = ()) -> float:
     """exp of the mean cross-entropy of each token given those before it in its document, in the dtype of the weights.
 
-    without: layers that are left out. One layer is resident at a time, then the output.
+    without: layers that are left out. One layer is resident at a time, then the output. Infinity where that overflows.
     """
     import torch
 
@@ -797,7 +818,7 @@ def compute_perplexity(source: Source, batches: list[np.ndarray], without: Colle
                 logits = (norm(states[:-1]) @ output.T).float()
                 loss += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
                 count += len(ids) - 1
-    return math.exp(loss / count)
+    return math.exp(loss / count) if loss / count < 700 else math.inf  # NaN is not less either
 
 
 def build_final_norm(source: Source):
@@ -1380,11 +1401,11 @@ def compares_with_layers(source: Source, args: argparse.Namespace) -> bool:
 
 
 def measure_planes(
-    source: Source, planes: Planes, batches: list[np.ndarray], with_layers: bool, args: argparse.Namespace
+    source: Source, planes: Planes, batches: list[np.ndarray], full: float, with_layers: bool, args: argparse.Namespace
 ) -> tuple[list[dict], dict]:
     """Rows (kind, stage, share of the bytes, perplexity): of these stages, and of layers as they would be left out.
 
-    And the manifest's row of the text.
+    And the manifest's row of the text. full: perplexity of the source, which is that of the last stage.
     """
     total, bits = sum(tensor.nbytes for tensor in source.tensors.values()), [stage.bits for stage in planes.stages]
     layers, block = [], set()
@@ -1396,7 +1417,9 @@ def measure_planes(
     with tqdm(total=len(planes.stages) + max(0, len(layers) - 1), desc="perplexity", unit="stage") as progress:
         for stage, share in zip(planes.stages, shares, strict=True):
             at_stage = AtStage(source, bits, stage.number, planes.coded)
-            perplexity = compute_perplexity(at_stage, batches)
+            perplexity = full if stage is planes.stages[-1] else compute_perplexity(at_stage, batches)
+            if perplexity == math.inf:  # the server goes by a number
+                raise UsageError(f"--planes {args.planes}: stage {stage.number} overflows, give it more bits")
             rows.append(dict(kind="planes", stage=stage.number, share=share, perplexity=perplexity))
             progress.update()
         for number in range(1, len(layers)):
@@ -1549,17 +1572,12 @@ def write_pruning(source: Source, pruning: Pruning, folder: Path) -> None:
                 lines.append(f"{first},{count},{pruning.distances[first, first + count]:.8f}")
         (folder / "angular_distance.csv").write_text("\n".join(lines) + "\n")
         draw_heat_map(pruning, folder / "angular_distance.png")
-    slices = [(0, pruning.first), (pruning.last + 1, source.config["num_hidden_layers"])]
-    lines = ["slices:"]
-    for begin, end in slices:
-        if begin < end:  # the block may start at layer 0
-            lines += [
-                "  - sources:",
-                f"      - model: {json.dumps(source.name)}",
-                f"        layer_range: [{begin}, {end}]",
-            ]
-    lines += ["merge_method: passthrough", f"dtype: {DTYPES[weight_dtype(source)]}"]
-    (folder / "mergekit.yaml").write_text("\n".join(lines) + "\n")
+    kept = [(0, pruning.first), (pruning.last + 1, source.config["num_hidden_layers"])]
+    slices = [  # the block may start at layer 0
+        dict(sources=[dict(model=source.name, layer_range=list(layers))]) for layers in kept if layers[0] < layers[1]
+    ]
+    merge = dict(slices=slices, merge_method="passthrough", dtype=DTYPES[weight_dtype(source)])
+    (folder / "mergekit.yaml").write_text(yaml.safe_dump(merge, sort_keys=False))
 
 
 def manifest_of(pruning: Pruning) -> dict:
@@ -1747,15 +1765,20 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         raise UsageError(
             f"--calibration {args.calibration}: the perplexity of stages is for {known} only; leave it out"
         )
-    batches, with_layers = [], False
+    batches, full, with_layers = [], math.inf, False
     if args.calibration:
+        if args.seq_len < 2:
+            raise UsageError(f"--seq-len {args.seq_len}: perplexity takes two tokens or more")
         batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
+        full = compute_perplexity(source, batches)
+        if full == math.inf:
+            raise UsageError(f"{source.name} overflows {DTYPES[weight_dtype(source)]} here: leave --calibration out")
         with_layers = compares_with_layers(source, args)
     if args.plan_only:
         planes = code_planes(source, bits, None, math.inf)
         print_planes(source, planes)
         if args.calibration:
-            measure_planes(source, planes, batches, with_layers, args)
+            measure_planes(source, planes, batches, full, with_layers, args)
         return
     with whole_or_nothing(out, args.force) as folder:
         check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
@@ -1764,7 +1787,7 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         print_planes(source, planes)
         details, perplexity = {}, {}
         if args.calibration:
-            rows, details["calibration"] = measure_planes(source, planes, batches, with_layers, args)
+            rows, details["calibration"] = measure_planes(source, planes, batches, full, with_layers, args)
             write_measures(rows, folder / "planes")
             perplexity = {row["stage"]: dict(perplexity=row["perplexity"]) for row in rows if row["kind"] == "planes"}
         stages = [row | perplexity.get(row["stage"], {}) for row in planes.finish()]
@@ -1782,8 +1805,12 @@ def main() -> int:
             split_planes(open_source(args), out, args)
         else:
             split_layers(open_source(args), out, args)
-    except (UsageError, OSError) as error:  # of a disk, too: none of them is mended by a traceback
+    except UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # writing names no file
+        reason = f"{error.filename or out} cannot be used ({error.strerror or error}): check its disk and permissions"
+        print(f"{Path(__file__).name}: error: {reason}", file=sys.stderr)
         return 2
     if not args.plan_only:
         print(f"\nwrote {out}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SPLIT, PassLayer, make_llama, run_main, run_script
+from conftest import SPLIT, PassLayer, edit_config, make_llama, run_main, run_script
 from safetensors.torch import load_file, save_file
 from servers import SERVER, flip_last_byte
 from transformers import (
@@ -177,6 +177,7 @@ def test_what_cannot_be_split_is_stored_as_it_is(tmp_path):
     noise = torch.randint(-(1 << 15), 1 << 15, (64, 64), dtype=torch.int16).view(torch.bfloat16)
     tensors |= {"noise": noise, "integers": torch.arange(64).view(8, 8), "empty": torch.empty(0, 8)}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    edit_config(model, architectures=["OtherForCausalLM"])  # LLaMA has no such tensors
     done = split(model, tmp_path / "planes")
     assert (
         "8,192 bytes of matrices in BF16 do not gain" in done.stdout and "512 bytes of matrices in I64" in done.stdout
@@ -201,6 +202,19 @@ def test_planes_are_measured_where_layers_cannot_be(layers, tmp_path):
     options = ["--planes", "--calibration", tmp_path / "text", "--prune", layers]
     done = run_main(prune_and_split, model, tmp_path / "other", *options)
     assert done.returncode == 2 and f"--prune {layers}" in done.stderr and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("options, scale, named", [(["--seq-len", 1], 1.0, "--seq-len 1"), ([], 1e6, "overflows")])
+def test_perplexity_that_cannot_be_had_is_told_before_anything_is_coded(options, scale, named, tmp_path):
+    model = make_llama(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] *= scale  # exp of the mean loss is then no number
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text").write_text("A document of more than eight letters.\n")
+    options = ["--planes", "--calibration", tmp_path / "text", *options]
+    done = run_main(prune_and_split, model, tmp_path / "out", *options)
+    assert done.returncode == 2 and named in done.stderr and "coding" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_plan_only_writes_nothing(tmp_path):

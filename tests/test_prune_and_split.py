@@ -462,9 +462,19 @@ BAD_MODELS = {
     "a tensor twice": (beside("more.safetensors", MORE), "more.safetensors"),
     "weights for Mistral's own loader": (beside("consolidated.safetensors", MORE), "consolidated.safetensors"),
     "an index of nothing": (lambda model: (model / script.INDEX).write_text('{"weight_map": {}}'), "names no files"),
+    "far more layers than weights": (change_config(num_hidden_layers=10**12), "model.layers.8."),
+    "a tensor of a layer missing": (
+        edit_weights(lambda tensors: tensors.pop("model.layers.7.mlp.up_proj.weight")),
+        "model.layers.7.mlp.up_proj.weight",
+    ),
+    "no output": (edit_weights(lambda tensors: tensors.pop("lm_head.weight")), "lm_head.weight"),
+    "biases that are not there": (change_config(attention_bias=True), "self_attn.k_proj.bias"),
+    "a text_config that is none": (change_config(text_config="x", vocab_size=511), "[512, 128]"),
     "a name of ours": (lambda model: (model / "pruning").mkdir(), "would be taken for the checkpoint's own pruning"),
 }
-BAD_ANYWHERE = (
+BAD_ANYWHERE = (  # of a LLaMA
+    *("more layers than weights", "fewer layers than weights", "far more layers than weights", "float64", "no output"),
+    *("a tensor of a layer missing", "a weight of another model", "biases that are not there"),
     *("no name of an architecture", "no architecture", "quantised", "a row more than vocab_size", "a tensor twice"),
     *("weights for Mistral's own loader", "a name of ours"),
 )
@@ -550,6 +560,23 @@ def test_all_that_is_not_weights_goes_along(options, tiny, tmp_path):
         assert not (folder / "pytorch_model.bin").exists() and not (folder / ".cache").exists()
 
 
+@pytest.mark.parametrize("options", [["--layers", "3-4"], ["--planes"]])
+def test_links_are_followed_but_not_in_a_circle(options, tiny, tmp_path):
+    """The Hub's cache is made of links; a link that leads nowhere, or around, stays and is named."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "own.txt").write_text("own")
+    (model / "linked").symlink_to(tmp_path / "blobs")
+    (model / "one.txt").symlink_to(tmp_path / "blobs" / "own.txt")
+    (tmp_path / "blobs" / "around").symlink_to(model)
+    (model / "broken.json").symlink_to(tmp_path / "nothing")
+    done = run_main(script, model, tmp_path / "out", *options)
+    assert done.returncode == 0 and "left behind: broken.json, linked/around\n" in done.stdout
+    assert (tmp_path / "out" / "linked" / "own.txt").read_text() == "own"
+    assert (tmp_path / "out" / "one.txt").read_text() == "own"
+    assert list_names(tmp_path / "out" / "linked") == ["own.txt"]
+
+
 def test_checkpoint_below_its_model_is_no_part_of_it(tiny, tmp_path):
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     for _ in range(2):
@@ -585,6 +612,15 @@ def test_tokenizer_with_code_of_its_own_is_refused_where_it_is_needed(tiny, tmp_
     check_refusal(result, tmp_path, ["model", "text"], "tokenizer")
 
 
+@pytest.mark.parametrize("options", [[], ["--planes"]])
+def test_damaged_tokenizer_is_refused_where_it_is_needed(options, tiny, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (model / "tokenizer.json").write_text('{"version": 1}')
+    (tmp_path / "text").write_text(TEXT)
+    result = run_main(script, "model", "out", "--calibration", "text", *options, cwd=tmp_path)
+    check_refusal(result, tmp_path, ["model", "text"], "no tokenizer in model (KeyError")
+
+
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENODATA])
 def test_file_system_without_sendfile(error, tiny, tmp_path, monkeypatch):
     """GPFS refuses it so, and Lustre."""
@@ -609,8 +645,21 @@ def test_disk_that_cannot_be_read_is_named(tiny, tmp_path, monkeypatch):
     assert list_names(tmp_path) == []
 
 
-def test_mergekit_file_is_yaml_whatever_the_model_is_called(tiny, tmp_path):
-    model = Path(shutil.copytree(tiny, tmp_path / "my model: v2 #1"))
+@pytest.mark.parametrize("options", [["--layers", "3-4"], ["--planes"]])
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_disk_that_cannot_be_written_is_named(error, options, tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(error, os.strerror(error))  # as write() raises it, without the name of a file
+
+    monkeypatch.setattr(script, "write_all", fail)
+    result = run_main(script, tiny, "out", *options, cwd=tmp_path)
+    assert result.returncode == 2 and f"{tmp_path / 'out'} cannot be used ({os.strerror(error)})" in result.stderr
+    assert list_names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["my model: v2 #1", "- x", "&y", "'\"", "\N{GRINNING FACE} \u2028"])
+def test_mergekit_file_is_yaml_whatever_the_model_is_called(name, tiny, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / name))
     assert run_main(script, model, tmp_path / "out", "--layers", "3-4").returncode == 0
     slices = yaml.safe_load((tmp_path / "out" / "pruning" / "mergekit.yaml").read_text())["slices"]
     assert {source["model"] for row in slices for source in row["sources"]} == {model.name}
