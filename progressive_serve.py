@@ -5113,19 +5113,23 @@ def refuse_runner_v1() -> None:
 def answer_for_headers(plan: Plan) -> None:
     """Have vLLM find the tensors of the exact model, where it looks for them in the safetensors headers of a folder.
 
-    It looks for an lm_head beside tied embeddings, and for the dtype that a config.json does not name. A checkpoint of
-    planes holds records there, and the folder of the small files nothing.
+    It does for an lm_head beside tied embeddings, and for the dtype that a config.json does not name. A checkpoint of
+    planes holds records there, and the folder of the small files nothing. Nothing is read for any other model.
     """
     from vllm.transformers_utils import config
 
     here = {path.name: path.stat().st_size for path in plan.root.glob("*.safetensors")}
     if plan.kind is Layers and all(here.get(file.name) == file.bytes for file in plan.files):
         return
-    tensors = plan.kind.source_tensors(json.loads((plan.root / "progressive.json").read_text()), plan.root)
     look_up = config.get_safetensors_params_metadata
 
     def look_up_here(model: str | Path, **options) -> dict:
-        return tensors if Path(model) == plan.root else look_up(model, **options)
+        if Path(model) != plan.root:
+            return look_up(model, **options)
+        try:
+            return plan.kind.source_tensors(json.loads((plan.root / "progressive.json").read_text()), plan.root)
+        except FileNotFoundError as error:
+            raise UsageError(f"{error.filename} is missing: copy the checkpoint again") from error
 
     for name, module in list(sys.modules.items()):  # those that have imported it by name, too
         if name.startswith("vllm.") and vars(module).get("get_safetensors_params_metadata") is look_up:

@@ -104,9 +104,8 @@ INDEX = "model.safetensors.index.json"
 MISTRAL_WEIGHTS = "consolidated*.safetensors"  # which vLLM prefers to any other (0.32: default_loader.py:164)
 OURS = ("progressive.json", "adapters", "pruning", "planes")  # what a progressive checkpoint has beside the model
 QUANTIZED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # where vLLM looks beside config.json
-IGNORED = re.compile(
-    r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
-)  # vLLM computes these (0.32: models/utils.py:236)
+# Tables in every layer of old checkpoints, which vLLM's AutoWeightsLoader leaves out.
+ROTARY_TABLE = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)|rotary_pos_emb\.inv_freq")
 LOCK = ".lock"
 HELP_DETAILS = f"""\
 TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
@@ -459,15 +458,15 @@ def is_side_file(name: str) -> bool:
 
 def walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """What lies below a folder and is no folder. Links are followed, unless they lead back to where they lie."""
-    above |= {identity_of(folder)}
+    above |= {inode_of(folder)}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and identity_of(path) not in above:
+        if path.is_dir() and inode_of(path) not in above:
             yield from walk(path, above)
         else:
             yield path
 
 
-def identity_of(path: Path) -> tuple[int, int]:
+def inode_of(path: Path) -> tuple[int, int]:
     return path.stat().st_dev, path.stat().st_ino
 
 
@@ -545,7 +544,7 @@ def check_tensors(source: Checkpoint) -> None:
             f"asks for it with num_hidden_layers={num_layers}: config and weights must be of one model"
         )
     for name in sorted(source.tensors.keys() - expected - {"lm_head.weight"}):  # biases are known to vLLM, or ignored
-        if not name.endswith(".bias") and not IGNORED.search(name):
+        if not name.endswith(".bias") and not ROTARY_TABLE.search(name):
             raise UsageError(f"{name} is no weight of a {source.config['architectures'][0]}: convert the model first")
     for name in sorted(expected):
         check_dtype(name, source.tensors[name], DTYPES)

@@ -32,6 +32,12 @@ COPIED = (
     "api_key",
     "free_port",
     "check_writable",
+    "WEIGHT_SUFFIXES",
+    "INDEX",
+    "is_side_file",
+    "ROTARY_TABLE",
+    "LAST",
+    "EXACT",
     "cached_bytes",
 )
 
