@@ -1528,6 +1528,7 @@ def test_eager_on_a_cpu_unless_said(read, case, split_tiny, tmp_path, monkeypatc
 @pytest.mark.parametrize("options", [["--planes"], ["--layers", "1-2"]])
 def test_vllm_finds_the_tensors_of_the_exact_model(options, tmp_path):
     """Where it looks into headers, though there are none of these weights beside config.json."""
+    import vllm.config  # noqa: F401  before the next two, which need each other
     from vllm.transformers_utils.config import checkpoint_has_lm_head
     from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
