@@ -805,7 +805,8 @@ def compute_perplexity(source: Source, batches: list[np.ndarray], without: Colle
     with torch.inference_mode():
         residuals = [embed_tokens(source, tokens).to(device, dtype) for tokens in batches]
         parts = [part for stream in residuals for part in stream.split(max(1, FORWARD_BATCH_TOKENS // stream.shape[1]))]
-        for number in [number for number in range(source.config["num_hidden_layers"]) if number not in without]:
+        kept = [number for number in range(source.config["num_hidden_layers"]) if number not in without]
+        for number in tqdm(kept, desc="perplexity of one model", unit="layer", leave=False):
             for name, parameter in model.layers[0].named_parameters():
                 parameter.copy_(load_tensor(source, f"model.layers.{number}.{name}"))
             for part in parts:
@@ -1769,10 +1770,10 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         if args.seq_len < 2:
             raise UsageError(f"--seq-len {args.seq_len}: perplexity takes two tokens or more")
         batches = sample_tokens(source, args.calibration, args.samples, args.seq_len)
+        with_layers = compares_with_layers(source, args)
         full = compute_perplexity(source, batches)
         if full == math.inf:
             raise UsageError(f"{source.name} overflows {DTYPES[weight_dtype(source)]} here: leave --calibration out")
-        with_layers = compares_with_layers(source, args)
     if args.plan_only:
         planes = code_planes(source, bits, None, math.inf)
         print_planes(source, planes)
