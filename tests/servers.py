@@ -183,7 +183,7 @@ class Standby(Process):
 class Server(Process):
     """progressive_serve.py, or another server's command, on a checkpoint; and its clients.
 
-    standby: who forks it; None: it starts by itself.
+    standby: who forks it; None: it starts by itself. counted: its steps can be allowed one by one, see compute_until.
     """
 
     def __init__(
@@ -194,10 +194,16 @@ class Server(Process):
         standby: Standby | None = None,
         command=(SERVER,),
         kv_cache=KV_CACHE,
+        counted: bool = False,
         **how,
     ):
         check_may_start()
         self.port, self.standby, self.is_suspended = free_port(), standby, False
+        self.steps = log.with_name(f"{log.name}-steps") if counted else None
+        if counted:
+            self.steps.mkdir()
+            options += ("--scheduler-cls", "tests.stepped.scheduler")
+            how["env"] = {"TEST_STEPS": str(self.steps), **how.get("env", {})}
         self.url = f"http://127.0.0.1:{self.port}"
         arguments = [checkpoint, "--port", self.port, *SERVED, *kv_cache, *options]
         if standby:
@@ -256,20 +262,18 @@ class Server(Process):
                 self.worker.resume()
 
     def compute_until(self, what: Callable) -> None:
-        """A few steps at a time, between which the server's other processes catch up; it is suspended before and after.
+        """One step at a time, until that is true; it is suspended before and after.
 
-        A stream of 900 tokens takes 1.5 s, in which they, or the test, may get no processor at all.
+        A stream of 900 tokens takes 1.5 s, for which the test, or another process of the server, may get no processor.
         """
-
-        def holds():
-            if not (found := what()):
-                self.worker.resume()
-                time.sleep(0.01)  # some steps
-                self.worker.suspend()
-            return found
-
+        allowed = self.steps / "allowed"
         with self.suspended():
-            self.wait_for(holds, pause=0.1)
+            (self.steps / "counted").touch()
+            self.worker.resume()
+            self.wait_for(lambda: what() or allowed.touch(), pause=0.05)
+            self.worker.suspend()
+            allowed.unlink(missing_ok=True)
+            (self.steps / "counted").unlink()
 
     def arrive(self, held: "Held", *stages: int) -> None:
         """The reader reads these stages, or all, while nothing is computed."""

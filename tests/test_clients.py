@@ -33,7 +33,7 @@ def server(split_tiny, start_for_module, tmp_path_factory):
     (folder / "chat.jinja").write_text(CHAT)
     options = ["--api-key", KEY, "--chat-template", folder / "chat.jinja", "--served-model-name", "tiny"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    server = start_for_module(held.path, *options).wait_until_ready()
+    server = start_for_module(held.path, *options, counted=True).wait_until_ready()
     server.held = held
     yield server
     held.end()

@@ -57,7 +57,7 @@ def test_running_requests_finish_when_the_server_is_to_end(split_tiny, hold, sta
     A transition in vLLM's own drain cut the stream off.
     """
     held = hold(split_tiny)
-    server = start(held.path, "--shutdown-timeout", "300").wait_until_ready()
+    server = start(held.path, "--shutdown-timeout", "300", counted=True).wait_until_ready()
     processes = server.family()
     with server.suspended():  # else it may be over before the signal
         stream = server.stream("Hello")

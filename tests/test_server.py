@@ -39,7 +39,7 @@ slow = pytest.mark.slow
 def test_server_from_stage_1_to_3(demo_checkpoint, prompts, demo_answers, hold, start):
     """Each stage is held: what is answered at stage 1, both transitions under a streaming request, the exact model."""
     held = hold(demo_checkpoint)
-    server = start(held.path, "--dtype", "float32").wait_until_ready()
+    server = start(held.path, "--dtype", "float32", counted=True).wait_until_ready()
     journal = journal_of(server.reader())
     progress = server.progress()
     assert (progress["stage"], progress["error"]) == (1, None)
@@ -84,7 +84,7 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, demo_answers, hold, 
 def test_server_of_planes_from_stage_1_to_3(demo_planes, prompts, demo_answers, hold, start):
     """A stream runs on while its weights get sharper, and across both transitions."""
     held = hold(demo_planes)
-    server = start(held.path, "--dtype", "float32").wait_until_ready()
+    server = start(held.path, "--dtype", "float32", counted=True).wait_until_ready()
     assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "1"
     with server.suspended():
         stream = server.stream(prompts[0])
@@ -160,7 +160,7 @@ def ask_all_at_once(server: Server, calls: dict, pool: ThreadPoolExecutor) -> di
 def test_every_kind_of_request_crosses_the_transitions(options, demo_checkpoint, prompts, hold, start):
     """Nothing is lost, nothing comes twice, and a constraint holds from one stage to the next."""
     held = hold(demo_checkpoint)
-    server = start(held.path, "--enable-server-load-tracking", *options)
+    server = start(held.path, "--enable-server-load-tracking", *options, counted=True)
     long_prompt = " ".join(prompts[:6])  # several steps with chunked prefill
 
     def ask(kind: str) -> dict:
@@ -292,7 +292,7 @@ def test_server_compiles_behind_the_tokens(split_tiny, hold, tmp_path, start):
     assert server.stop() == 0
 
     held.withhold()  # of the same folder, whose name is part of vLLM's key
-    server = start(held.path, "--optimize-later", alone=True, env=env).wait_until_ready()
+    server = start(held.path, "--optimize-later", alone=True, env=env, counted=True).wait_until_ready()
     with server.suspended():
         streams = [server.stream(f"{number}") for number in range(8)]
         assert {stream.headers["X-Progressive-Stage"] for stream in streams} == {"1"}
