@@ -7,6 +7,7 @@ Importing takes seconds and an engine less than one, so that all tests of a file
 "logprobs": [[...], ...]} (the logprobs of the three most likely tokens at each place).
 """
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -326,7 +327,10 @@ def probe_later(checkpoint: str, prompts: list[str]) -> dict:
 
 def compilers() -> list[list[str]]:
     """What is left of this process' compilers; another test may have its own."""
-    commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    commands = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands.append(process.cmdline())
     return [command for command in commands if progressive_serve.COMPILER_COMMAND in command]
 
 

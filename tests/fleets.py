@@ -17,7 +17,7 @@ import pytest
 import requests
 from fake_engine import BEHAVIOUR, next_token, text_of, tokens_of
 from prometheus_client.parser import text_string_to_metric_families
-from servers import ROOT, free_port, wait_for
+from servers import ROOT, cmdline, free_port, runs, wait_for
 
 FLEET, FAKE_ENGINE = ROOT / "serve_fleet.py", ROOT / "tests" / "fake_engine.py"
 WITHOUT_MODEL = ["--server", FAKE_ENGINE, "--no-standby"]
@@ -41,9 +41,7 @@ def text_in(events: list[dict], chat: bool = False) -> str:
 
 
 def command_of(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
+    return " ".join(cmdline(process))
 
 
 def roots_of(engine: dict) -> list[psutil.Process]:
@@ -62,7 +60,7 @@ def processes_with(name: str, value: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(name) == value and runs(process):
                 found.append(process)
     return found
 

@@ -65,7 +65,7 @@ def processes_of_tests() -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             is_ours = process.pid != os.getpid() and process.environ().get(MARK) == ENVIRON[MARK]
-            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+            if is_ours and runs(process):
                 found.append(process)
     return found
 
@@ -217,9 +217,8 @@ class Server(Process):
 
         def forked():
             for server in self.standby.servers():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if f" --port {self.port} " in " ".join(server.cmdline()):
-                        return server
+                if f" --port {self.port} " in " ".join(cmdline(server)):
+                    return server
             return None
 
         return self.wait_for(forked)
@@ -242,7 +241,7 @@ class Server(Process):
 
         def workers() -> list[psutil.Process]:
             children = self.main().children(recursive=True)
-            return [child for child in children if child.name().startswith("VLLM::Worker")]
+            return [child for child in children if name_of(child).startswith("VLLM::Worker")]
 
         return self.wait_for(workers)[0]
 
@@ -349,9 +348,22 @@ def give_way(server: list[psutil.Process]) -> None:
     vLLM's processes spin: they kept a test from running for a second, in which a stream of 900 tokens ended.
     """
     for process in server:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("VLLM::"):
+        if name_of(process).startswith("VLLM::"):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.nice(10)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended. Nobody may have asked for its exit status yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def name_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 def cmdline(process: psutil.Process) -> list[str]:

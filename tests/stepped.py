@@ -25,7 +25,7 @@ def scheduler(vllm_config, *args, **options) -> Scheduler:
                 (folder / "allowed").unlink()
                 break
             except FileNotFoundError:
-                time.sleep(0.002)
+                time.sleep(0.002)  # it asks again and again
         return schedule(*args, **options)
 
     made.schedule = schedule_once_allowed

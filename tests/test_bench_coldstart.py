@@ -29,7 +29,7 @@ import psutil
 import pytest
 import stand_in
 from conftest import BENCH, make_llama, run_main, run_script
-from servers import LIMIT, ROOT, SERVER, check_nothing_is_left, flip_last_byte, wait_for
+from servers import LIMIT, ROOT, SERVER, check_nothing_is_left, flip_last_byte, runs, wait_for
 
 import bench_coldstart
 import eval_triviaqa
@@ -589,7 +589,7 @@ def test_output_and_memory_of_a_server_are_recorded(tmp_path, monkeypatch):
     assert server.spawned < server.process.launched < server.lines[0][0] < between < server.lines[1][0]
     assert log_path.read_text() == "one\ntwo\nthree\n"
     assert len(tree) == 2
-    assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in tree if runs(process)]
 
 
 def test_stages_are_counted_from_the_creation_of_the_actor(monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from servers import Server, age, check_nothing_is_left, chunks_of, small_disk
+from servers import Server, age, check_nothing_is_left, chunks_of, name_of, small_disk
 
 pytestmark = pytest.mark.server
 
@@ -83,7 +83,7 @@ def test_process_of_vllm_that_is_killed(name, split_tiny, hold, start):
         with server.suspended():  # so that what it computes is in flight, and nothing is over before the kill
             running = pool.submit(server.post, "Hello")
             server.wait_for(lambda: requests.get(f"{server.url}/load", timeout=300).json()["server_load"] == 1)
-            next(process for process in processes if process.name().startswith(name)).kill()
+            next(process for process in processes if name_of(process).startswith(name)).kill()
         for asked in (running, waiting):
             with contextlib.suppress(requests.ConnectionError):
                 assert asked.result().status_code >= 500

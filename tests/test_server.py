@@ -21,6 +21,7 @@ from servers import (
     age,
     check_nothing_is_left,
     chunks_of,
+    cmdline,
     flip_last_byte,
     journal_of,
     shared_memory,
@@ -317,7 +318,7 @@ def test_server_that_cannot_compile_in_time_stays_eager(split_tiny, tmp_path, st
 @slow
 def test_server_that_is_killed_while_it_compiles(split_tiny, tmp_path, start):
     server = start(split_tiny, "--optimize-later", alone=True, env={"VLLM_CACHE_ROOT": str(tmp_path / "cache")})
-    server.wait_for(lambda: any("_compile" in process.cmdline() for process in server.family()))
+    server.wait_for(lambda: any("_compile" in cmdline(process) for process in server.family()))
     processes = server.family()
     server.process.kill()
     check_nothing_is_left(processes, server.port)
