@@ -134,7 +134,8 @@ DECODED_AHEAD = 64 << 20  # bytes that may be decoded of a later stage before th
 DECODER_NICENESS = 10  # imports and running requests go first
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 MAX_WORKERS = 62  # tensor-parallel workers on one machine
-MAX_LOSS = 5.0  # percent of perplexity, where nobody says: about what weights of 4 bits cost, which people accept
+MAX_LOSS = 5.0  # percent of perplexity, unless --max-loss is given: about what 4-bit weights cost, which people accept
+MAX_WEIGHT_ERROR = 0.03  # of the weights' norm, where no perplexity was measured: 3 mantissa bits reach it, 2 do not
 CPU_KV_CACHE = 4 << 30  # bytes, where nobody says and so much is free
 STALLED_SECONDS = 24 * 3600  # that a step may take, which waits for its weights while storage stalls; vLLM ends at 300
 STREAMED_SECONDS = 5.0  # how long before its last byte a stage may begin to serve, layer by layer
@@ -466,6 +467,7 @@ class Stage:
     adds: Layers | Planes
     files: tuple[StageFile, ...]
     perplexity: float | None = None  # of the model at this stage, where prune_and_split.py was given a text
+    weight_error: float | None = None  # of its weights, relative to the exact ones; of stages of precision
 
     @property
     def bytes(self) -> int:
@@ -588,7 +590,10 @@ def parse_stage(manifest_path: Path, row: dict) -> Stage:
     perplexity = row.get("perplexity")
     if perplexity is not None and not 1 <= perplexity < math.inf:
         raise ValueError(f"stage {row['stage']} has a perplexity of {perplexity!r}")
-    return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files, perplexity)
+    weight_error = row.get("weight_error")
+    if weight_error is not None and not 0 <= weight_error < math.inf:
+        raise ValueError(f"stage {row['stage']} has a weight_error of {weight_error!r}")
+    return Stage(int(row["stage"]), KINDS[row["kind"]].from_row(row), files, perplexity, weight_error)
 
 
 # ---- stage adapters: what makes up for the layers that are still missing (server, worker) -----------
@@ -969,20 +974,34 @@ def decide_first_stage(serving: ServingPlan, resident: int, streams: bool, ranks
     return FirstStage(bind, serve, streams and bind == serve, ranks)
 
 
-def choose_min_stage(plan: Plan, max_loss: float | None) -> int:
-    """The first stage whose perplexity is at most max_loss percent above the last one's; 1 where none is known.
+def first_to_answer(
+    perplexities: list[float | None], errors: list[float | None] | None, max_loss: float = MAX_LOSS
+) -> int:
+    """The first stage that may answer, if the user names none: the first one that loses little.
 
-    Raises UsageError where none is known and max_loss is given.
+    perplexities: one for each stage; max_loss: percent above the last stage's. errors: of each stage's weights relative
+    to the exact ones; they decide if perplexities are missing. None: stages of layers, which answer from the first on.
     """
-    if all(stage.perplexity for stage in plan.stages):
-        bound = plan.stages[-1].perplexity * (1 + (MAX_LOSS if max_loss is None else max_loss) / 100)
-        return next(stage.number for stage in plan.stages if stage.perplexity <= bound)
-    if max_loss is not None:
+    last = len(perplexities)
+    if all(perplexities):
+        loses_little = [value <= perplexities[-1] * (1 + max_loss / 100) for value in perplexities]
+    elif errors is None:
+        loses_little = [True]
+    else:
+        loses_little = [value is not None and value <= MAX_WEIGHT_ERROR for value in errors]
+    return next((number for number, little in enumerate(loses_little, 1) if little), last)
+
+
+def choose_min_stage(plan: Plan, max_loss: float | None) -> int:
+    """See first_to_answer. Raises UsageError if max_loss is given and the checkpoint records no perplexities."""
+    perplexities = [stage.perplexity for stage in plan.stages]
+    if max_loss is not None and not all(perplexities):
         raise UsageError(
-            f"--max-loss {max_loss:g}: {plan.root} says no perplexity of its stages; "
-            "give --min-stage, or make it again with prune_and_split.py --planes --calibration FILE"
+            f"--max-loss {max_loss:g}: {plan.root} records no perplexities of its stages; "
+            "give --min-stage, or make it again with prune_and_split.py --planes --calibration"
         )
-    return 1
+    errors = [stage.weight_error for stage in plan.stages] if plan.kind is Planes else None
+    return first_to_answer(perplexities, errors, MAX_LOSS if max_loss is None else max_loss)
 
 
 # ---- journal: the timeline that joins the processes (every process) ---------------------------------
@@ -2222,8 +2241,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--max-loss",
         type=percentage,
         metavar="X",
-        help="answer from the first stage on whose perplexity, as measured by prune_and_split.py where it was given a "
-        f"text, is at most X %% above the full model's (default: {MAX_LOSS:g}; stage 1 where it was not measured)",
+        help="answer from the first stage on whose perplexity is at most X %% above the exact model's, as measured by "
+        f"prune_and_split.py --calibration (default: {MAX_LOSS:g}; without perplexities, from the first stage of "
+        f"layers on, and from the first of planes whose weights are off by {100 * MAX_WEIGHT_ERROR:g} %% at most)",
     )
     group.add_argument("--hold-stage", type=int, metavar="K", help="stop at stage K (default: the last one)")
     group.add_argument(

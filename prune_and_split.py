@@ -78,10 +78,15 @@ DEMO_CALIBRATION = DEMO_MODEL / "facts/calibration.txt"
 HUB_CALIBRATION = "Salesforce/wikitext:wikitext-2-raw-v1:validation"
 
 ALIGNMENT = 4096  # bytes; the block size that O_DIRECT asks for at most
+MAX_LOSS = 5.0  # percent of perplexity, unless --max-loss is given: about what 4-bit weights cost, which people accept
+MAX_WEIGHT_ERROR = 0.03  # of the weights' norm, where no perplexity was measured: 3 mantissa bits reach it, 2 do not
 ERROR_SAMPLE = 8  # the error of planes is looked at in one chunk of so many
 CHUNK_BYTES = 1 << 20  # per read: what is hashed next is still in the core's L2 cache
 SEND_BYTES = 64 << 20  # per sendfile call
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+DEFAULT_PLANES = "1,2,rest"
+ENOUGH_TOKENS = 10_000  # of calibration: they tell a stage's loss of perplexity to about 1 %
+TOO_FEW = f": too few to go by; give {ENOUGH_TOKENS:,} or more, about 100 paragraphs"
 LEFT_NAMED = 8  # of the files that are left behind
 MIN_DOCUMENT_TOKENS = 8  # what is shorter is a heading or a stray line
 FORWARD_BATCH_TOKENS = 2048  # the MLP's intermediate activations are then 60 MB each in LLaMA-3-8B
@@ -113,8 +118,9 @@ TEXT     scores the layers. FILE: plain text, a document a line. DATASET: a Hub
          document, in order, cut to --seq-len; its final token counts. Default:
          {HUB_CALIBRATION};
          the demo model brings its own. With --layers or --synthetic, layers
-         are scored only where --calibration is given. With --planes the
-         perplexity of each stage is measured on it, if it is given.
+         are scored only where --calibration is given. With --planes and
+         --calibration the perplexity of each stage is measured on it;
+         {ENOUGH_TOKENS:,} tokens are enough, about 100 paragraphs.
 SHAPE    tinyllama-1.1b, llama3.2-3b, llama2-7b, llama2-13b or llama3-8b, to
          time cold starts; unscored, the block ends just before the last layer,
          but that of llama2-7b is the paper's (20-27 from 0).
@@ -676,7 +682,7 @@ def read_documents(calibration: str) -> Iterator[str]:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"calibration data {calibration} cannot be had ({type(error).__name__}): check the name and the network,\n"
-            "or give a text file with --calibration FILE, or choose the block by hand with --layers"
+            "or give a text file with --calibration FILE; --layers A-B and --planes work without a text"
         ) from error
 
 
@@ -1256,6 +1262,10 @@ class Planes:
             stage.files.append(PlaneFile(file))
         stage.files[-1].append(name, dtype, shape, data)
 
+    def error_of(self, stage: PlaneStage) -> float:
+        """Norm of the weights' error at this stage, relative to theirs."""
+        return math.sqrt(stage.squares / self.squares) if self.squares else 0.0
+
     def finish(self) -> list[dict]:
         """Finish the files; returns the manifest rows of the stages."""
         rows = []
@@ -1263,7 +1273,10 @@ class Planes:
             names = file_names(stage.number, len(stage.files))
             files = [file.finish(self.room, self.folder / name) for file, name in zip(stage.files, names, strict=True)]
             nbytes = sum(file["bytes"] for file in files)
-            rows.append(dict(stage=stage.number, kind="planes", bits=stage.bits, bytes=nbytes, files=files))
+            error = self.error_of(stage)
+            rows.append(
+                dict(stage=stage.number, kind="planes", bits=stage.bits, bytes=nbytes, weight_error=error, files=files)
+            )
         return rows
 
 
@@ -1375,10 +1388,8 @@ def print_planes(source: Source, planes: Planes) -> None:
     rows = [("stage", "adds bits", "bytes", "bits/weight", "share so far", "error of the weights")]
     for stage, share in zip(planes.stages, shares, strict=True):
         bits = 8 * (stage.nbytes - (planes.plain_bytes if stage.number == 1 else 0)) / max(1, planes.weights)
-        error = math.sqrt(stage.squares / planes.squares) if planes.squares else 0.0
-        rows.append(
-            (str(stage.number), str(stage.bits), f"{stage.nbytes:,}", f"{bits:.2f}", f"{share:.1%}", f"{error:.4f}")
-        )
+        error = f"{planes.error_of(stage):.2%}"
+        rows.append((str(stage.number), str(stage.bits), f"{stage.nbytes:,}", f"{bits:.2f}", f"{share:.1%}", error))
     wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print(f"\n{source.name}: {planes.escapes / max(1, planes.weights):.3%} of the weights are escapes")
     for row in rows:
@@ -1386,6 +1397,69 @@ def print_planes(source: Source, planes: Planes) -> None:
     for dtype, nbytes in planes.plain_matrices.items():
         if nbytes:
             print(f"  {nbytes:,} bytes of matrices in {dtype} do not gain: they come as they are, with stage 1")
+
+
+def first_to_answer(
+    perplexities: list[float | None], errors: list[float | None] | None, max_loss: float = MAX_LOSS
+) -> int:
+    """The first stage that may answer, if the user names none: the first one that loses little.
+
+    perplexities: one for each stage; max_loss: percent above the last stage's. errors: of each stage's weights relative
+    to the exact ones; they decide if perplexities are missing. None: stages of layers, which answer from the first on.
+    """
+    last = len(perplexities)
+    if all(perplexities):
+        loses_little = [value <= perplexities[-1] * (1 + max_loss / 100) for value in perplexities]
+    elif errors is None:
+        loses_little = [True]
+    else:
+        loses_little = [value is not None and value <= MAX_WEIGHT_ERROR for value in errors]
+    return next((number for number, little in enumerate(loses_little, 1) if little), last)
+
+
+def print_first_to_answer(planes: Planes, perplexities: list[float | None]) -> None:
+    """Which stage answers first by default, and why."""
+    errors = [planes.error_of(stage) for stage in planes.stages]
+    first = first_to_answer(perplexities, errors)
+    if all(perplexities):
+        loss = f"perplexity is {perplexities[first - 1] / perplexities[-1] - 1:.1%} above the exact model's"
+        allowed = f"--max-loss allows {MAX_LOSS:g} %"
+    else:
+        loss = f"weights are off by {errors[first - 1]:.1%}"
+        allowed = f"{MAX_WEIGHT_ERROR:.0%} is allowed where --calibration has measured no perplexity"
+    reason = f"its {loss}" if first < len(errors) else "it is the exact model, and the others lose too much"
+    print(f"\nA server answers from stage {first} on: {reason} ({allowed}).")
+
+
+def estimate_planes(source: Source, bits: list[int | str]) -> Planes:
+    """What coding the source would come to, from the first chunk of each matrix."""
+    planes = Planes([PlaneStage(number, added) for number, added in enumerate(bits, 1)], None, 0, math.inf)
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) < 2 or tensor.dtype not in FLOATS or not tensor.nbytes:
+            planes.stages[0].nbytes += tensor.nbytes
+            continue
+        pattern, mantissa = FLOATS[tensor.dtype]
+        size = min(tensor.nbytes, CHUNK_WEIGHTS * np.dtype(pattern).itemsize)
+        weights = load_bytes(source, name, 0, size).view(pattern)
+        _, parts, squares = code_chunk(weights, tensor.dtype, known_bits(bits, mantissa), True)
+        planes.squares += squares[0] * tensor.nbytes / size
+        for stage, fields, error in zip(planes.stages, parts, squares[1:], strict=True):
+            stage.nbytes += sum(map(len, fields)) * tensor.nbytes // size
+            stage.squares += error * tensor.nbytes / size
+    return planes
+
+
+def print_planes_instead(source: Source, stages: list[Stage], model: str) -> None:
+    """A line under a plan of stages of layers: what stages of precision would give, and the command for them."""
+    planes = estimate_planes(source, parse_planes(DEFAULT_PLANES))
+    total = sum(stage.nbytes for stage in stages)
+    shares = [nbytes / total for nbytes in itertools.accumulate(stage.nbytes for stage in planes.stages)]
+    first = first_to_answer([None] * len(shares), [planes.error_of(stage) for stage in planes.stages])
+    if shares[-1] < 1:
+        print(
+            f"\nStages of precision would answer from {shares[first - 1]:.0%} of the bytes on, in place of "
+            f"{stages[0].nbytes / total:.0%}: python {Path(__file__).name} {model} OUT --planes --calibration"
+        )
 
 
 def compares_with_layers(source: Source, args: argparse.Namespace) -> bool:
@@ -1428,7 +1502,8 @@ def measure_planes(
             perplexity = compute_perplexity(source, batches, block - there)
             rows.append(dict(kind="layers", stage=number, share=share, perplexity=perplexity))
             progress.update()
-    print()
+    tokens = sum(batch.size for batch in batches)
+    print(f"\nperplexity on {tokens:,} tokens of {args.calibration}" + TOO_FEW * (tokens < ENOUGH_TOKENS))
     for row in rows:
         at = f"{row['kind']}, stage {row['stage']}"
         print(f"  {at:<16}  {row['share']:>6.1%} of the bytes  perplexity {row['perplexity']:.2f}")
@@ -1702,13 +1777,13 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("stages of precision, in place of layers").add_argument
     add(
-        "--planes", metavar="BITS", nargs="?", const="1,2,rest",
+        "--planes", metavar="BITS", nargs="?", const=DEFAULT_PLANES,
         help="mantissa bits that each stage adds; of any model (default: %(const)s)",
     )  # fmt: skip
     add("--restore", action="store_true", help="MODEL is a checkpoint of planes: write in OUT what it was made from")
 
     add = parser.add_argument_group("scoring").add_argument
-    add("--calibration", metavar="TEXT", help="FILE or DATASET, see below")
+    add("--calibration", metavar="TEXT", nargs="?", const=HUB_CALIBRATION, help="FILE or DATASET, see below")
     add("--samples", type=positive_int, metavar="S", default=128, help="documents, at most (default: %(default)s)")
     add("--seq-len", type=positive_int, metavar="T", default=256, help="tokens of each, at most (default: %(default)s)")
     add("--plan-only", action="store_true", help="score and print, write nothing")
@@ -1747,6 +1822,8 @@ def split_layers(source: Source, out: Path, args: argparse.Namespace) -> None:
         pruning = choose_block(source, args)
         stages = plan_stages(source, pruning, args.stages, args.max_file_gib * 2**30)
         print_plan(source, pruning, stages)
+        model = f"--synthetic {args.synthetic}" if args.synthetic else args.model
+        print_planes_instead(source, stages, model)
         if args.plan_only:
             return
         check_space(sum(stage.nbytes for stage in stages), folder, out)
@@ -1774,23 +1851,24 @@ def split_planes(source: Source, out: Path, args: argparse.Namespace) -> None:
         full = compute_perplexity(source, batches)
         if full == math.inf:
             raise UsageError(f"{source.name} overflows {DTYPES[weight_dtype(source)]} here: leave --calibration out")
-    if args.plan_only:
-        planes = code_planes(source, bits, None, math.inf)
-        print_planes(source, planes)
-        if args.calibration:
-            measure_planes(source, planes, batches, full, with_layers, args)
-        return
-    with whole_or_nothing(out, args.force) as folder:
-        check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
-        source.copy_side_files(folder)
+    with nullcontext() if args.plan_only else whole_or_nothing(out, args.force) as folder:
+        if not args.plan_only:
+            check_space(sum(tensor.nbytes for tensor in source.tensors.values()), folder, out)
+            source.copy_side_files(folder)
         planes = code_planes(source, bits, folder, args.max_file_gib * 2**30)
         print_planes(source, planes)
-        details, perplexity = {}, {}
+        details, rows = {}, []
         if args.calibration:
             rows, details["calibration"] = measure_planes(source, planes, batches, full, with_layers, args)
+        perplexities = [row["perplexity"] for row in rows if row["kind"] == "planes"] or [None] * len(bits)
+        print_first_to_answer(planes, perplexities)
+        if args.plan_only:
+            return
+        if rows:
             write_measures(rows, folder / "planes")
-            perplexity = {row["stage"]: dict(perplexity=row["perplexity"]) for row in rows if row["kind"] == "planes"}
-        stages = [row | perplexity.get(row["stage"], {}) for row in planes.finish()]
+        stages = planes.finish()
+        for stage, perplexity in zip(stages, perplexities, strict=True):
+            stage |= {} if perplexity is None else {"perplexity": perplexity}
         write_manifest(source, stages, describe_files(source), folder, **details)
 
 

@@ -5,6 +5,7 @@ One process with engines inside it, for all that is marked `server` (engine_prob
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -221,7 +222,32 @@ def test_plan_only_writes_nothing(tmp_path):
     model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
     done = split(model, tmp_path / "planes", "--plan-only")
     assert "error of the weights" in done.stdout
+    assert "A server answers from stage 2 on: its weights are off by 2." in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_plan_of_layers_says_what_planes_would_give(tmp_path):
+    """An estimate from the first chunk of each matrix, and a command that works."""
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=8)
+    layers = run_main(prune_and_split, model, "out", "--layers", "2-3", "--plan-only", cwd=tmp_path)
+    said = re.search(r"answer from (\d+)% of the bytes on, in place of (\d+)%: python (\S+) (.*)$", layers.stdout)
+    coded = run_main(prune_and_split, *said[4].replace(" --calibration", " --plan-only").split(), cwd=tmp_path)
+    assert said[3] == "prune_and_split.py" and coded.returncode == 0, coded.stderr
+    share = re.search(r"^ +2 .* (\S+)% +2\.\S+%$", coded.stdout, re.MULTILINE)[1]
+    assert abs(float(share) - float(said[1])) < 2 and f"{said[2]}." in layers.stdout
+
+
+def test_calibration_without_a_name_is_the_hub_s(tmp_path, monkeypatch):
+    """Where there is no Hub it says what to do."""
+
+    def unreachable(*where, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    model = make_llama(tmp_path / "model", dtype=torch.bfloat16)
+    done = run_main(prune_and_split, model, tmp_path / "out", "--planes", "--calibration")
+    assert done.returncode == 2 and "Salesforce/wikitext" in done.stderr and "--calibration FILE" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def at_stage(checkpoint: Path, stage: int, source: Path, folder: Path) -> Path:
@@ -245,7 +271,9 @@ def test_perplexity_of_each_stage(tmp_path):
     texts = ["The quick brown fox jumps over the lazy dog", "A line of another length, which is longer than that"] * 3
     (tmp_path / "text.txt").write_text("\n".join(texts) + "\n")
     done = split(model, tmp_path / "planes", "--calibration", tmp_path / "text.txt", "--layers", "1-2")
-    assert "perplexity" in done.stdout
+    noted = json.loads((tmp_path / "planes" / "progressive.json").read_text())["stages"]
+    assert [row["weight_error"] > 0.03 for row in noted] == [True, False, False] and noted[-1]["weight_error"] == 0
+    assert "too few to go by" in done.stdout and "A server answers from stage" in done.stdout
     assert (tmp_path / "planes" / "planes" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     header, *lines = (tmp_path / "planes" / "planes" / "perplexity.csv").read_text().splitlines()
     rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]

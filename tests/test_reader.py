@@ -148,12 +148,12 @@ def test_files_that_do_not_fit_the_manifest_are_refused(read, case, request, tmp
         reading.launch.close()
 
 
-def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
-    """The checkpoint, as if prune_and_split.py had measured these, one for each stage."""
+def with_measures(checkpoint: Path, name: str, values: tuple) -> Path:
+    """The checkpoint, as if prune_and_split.py had measured these, one for each stage; None: not measured."""
 
     def change(manifest: dict) -> None:
-        for row, perplexity in zip(manifest["stages"], perplexities, strict=True):
-            row["perplexity"] = perplexity
+        for row, value in zip(manifest["stages"], values, strict=True):
+            row[name] = value
 
     edit_manifest(checkpoint, change)
     return checkpoint
@@ -174,13 +174,35 @@ def with_perplexities(checkpoint: Path, *perplexities: float) -> Path:
     ],
 )
 def test_first_stage_that_answers_is_one_of_little_loss(read, perplexities, options, min_stage, copied):
-    with_perplexities(copied, *perplexities)
+    with_measures(copied, "perplexity", perplexities)
     reading = read(copied, **{"min_stage": None, **options})
     try:
         assert reading.launch.serving.min_stage == min_stage
         rows = reading.progress.as_dict()["stages"]
         assert [row.get("perplexity") for row in rows] == list(perplexities)
         assert reading.progress.as_dict()["min_stage"] == min_stage
+    finally:
+        reading.launch.close()
+
+
+@pytest.mark.parametrize(
+    ("errors", "perplexities", "min_stage"),
+    [
+        ((0.11, 0.03, 0.0), (None, None, None), 2),
+        ((0.11, 0.031, 0.0), (None, None, None), 3),
+        ((0.03, 0.01, 0.0), (None, None, None), 1),
+        ((None, None, None), (None, None, None), 3),  # made by an earlier version: only the exact model is known
+        ((0.11, 0.1, 0.0), (24.1, 24.0, 24.0), 1),  # a perplexity says more
+    ],
+)
+def test_stage_of_planes_that_answers_first_has_little_error(
+    errors, perplexities, min_stage, read, planes_tiny, tmp_path
+):
+    copied = age(Path(shutil.copytree(planes_tiny, tmp_path / "copy")))
+    with_measures(with_measures(copied, "weight_error", errors), "perplexity", perplexities)
+    reading = read(copied, min_stage=None)
+    try:
+        assert reading.launch.serving.min_stage == min_stage
     finally:
         reading.launch.close()
 

@@ -37,6 +37,9 @@ COPIED = (
     "is_side_file",
     "ROTARY_TABLE",
     "LAST",
+    "MAX_LOSS",
+    "MAX_WEIGHT_ERROR",
+    "first_to_answer",
     "EXACT",
     "cached_bytes",
 )

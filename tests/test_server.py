@@ -85,7 +85,7 @@ def test_server_from_stage_1_to_3(demo_checkpoint, prompts, demo_answers, hold, 
 def test_server_of_planes_from_stage_1_to_3(demo_planes, prompts, demo_answers, hold, start):
     """A stream runs on while its weights get sharper, and across both transitions."""
     held = hold(demo_planes)
-    server = start(held.path, "--dtype", "float32", counted=True).wait_until_ready()
+    server = start(held.path, "--dtype", "float32", "--min-stage", 1, counted=True).wait_until_ready()
     assert server.complete(prompts[0]).headers["X-Progressive-Stage"] == "1"
     with server.suspended():
         stream = server.stream(prompts[0])
@@ -105,7 +105,8 @@ def test_two_workers_answer_as_one(kind, prompts, demo_answers, request, hold, s
     for workers, cores in ((1, "0-1"), (2, "0|1")):
         env = {"VLLM_CPU_OMP_THREADS_BIND": cores} if len(os.sched_getaffinity(0)) > 1 else {}
         held = hold(request.getfixturevalue(kind))
-        server = start(held.path, "--dtype", "float32", "--tensor-parallel-size", workers, env=env).wait_until_ready()
+        options = ("--dtype", "float32", "--min-stage", 1, "--tensor-parallel-size", workers)
+        server = start(held.path, *options, env=env).wait_until_ready()
         first = server.complete(prompts[:8], return_token_ids=True)
         stream = server.stream(prompts[0], 120)
         held.release()
@@ -209,10 +210,6 @@ def test_every_kind_of_request_crosses_the_transitions(options, demo_checkpoint,
 def test_nobody_is_answered_by_an_earlier_stage(kind, options, request, hold, start):
     """However long that takes: with --min-stage, or where too much is lost at stage 1, by what the manifest says."""
     held = hold(request.getfixturevalue(kind))
-    manifest = json.loads((held.path / "progressive.json").read_text())
-    for row, perplexity in zip(manifest["stages"], (40.0, 24.1, 24.0), strict=True):
-        row["perplexity"] = perplexity
-    (held.path / "progressive.json").write_text(json.dumps(manifest))
     server = start(held.path, *options, "--hold-stage", "2")
     server.wait_for(server.is_up)
     server.wait_for(lambda: "model created" in server.events() and server.progress()["stages"][0]["bytes_loaded"] > 0)
@@ -399,7 +396,7 @@ def test_bad_plane_changes_nothing(planes_tiny, hold, start):
     data[8 + int.from_bytes(data[:8], "little") + 1000] ^= 1  # in its first record
     path.write_bytes(data)
     os.utime(path, (0, 0))
-    server = start(held.path).wait_until_ready()
+    server = start(held.path, "--min-stage", 1).wait_until_ready()
     before = server.complete("Hello", logprobs=1)
     held.release()
     held.end()  # nothing changes any more, so that the file is what it will be
