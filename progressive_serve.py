@@ -1171,12 +1171,15 @@ class Arrivals:
         decoded = max(self.decoded, default=0) if self.plan.is_decoded else self.plan.num_stages
         return min(self.resident_stage(), decoded)
 
+    def bytes_read(self) -> int:
+        return sum(self.read.values())
+
     def seconds_until_resident(self, stage: int) -> float:
         """Until the last byte of `stage` has arrived, at the pace so far; endless before there is one."""
         missing = sum(
             file.bytes - self.read.get(file.name, 0) for row in self.plan.stages[:stage] for file in row.files
         )
-        arrived, elapsed = sum(self.read.values()), time.monotonic() - self.start
+        arrived, elapsed = self.bytes_read(), time.monotonic() - self.start
         return missing * elapsed / arrived if arrived else math.inf
 
 
@@ -1236,6 +1239,14 @@ class Progress(Arrivals):
     def ready_stage(self) -> int:
         """The stage that is served, with all of its weights: nobody waits for bytes. 0: none."""
         return min(max(self.complete_at, default=0), self.last_stage())
+
+    def first_stage(self) -> int:
+        """The stage that answers first."""
+        return self.first.serve if self.first else self.serving.min_stage
+
+    def wanted_bytes(self) -> int:
+        """Of the stages that this server loads."""
+        return sum(stage.bytes for stage in self.plan.stages[: self.serving.hold_stage])
 
     def is_exact(self) -> bool:
         """Whether the exact model is served: the checkpoint's last stage, and not only the one that is held."""
@@ -4494,7 +4505,7 @@ class Controller:
         self.changed = asyncio.Event()  # is set, and replaced, when there is another stage, or `ended`
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
         self.due: float | None = None  # since when a transition could be made that waits for a better moment
-        self.tasks: set[asyncio.Task] = set()  # that watch stalls; a loop alone does not keep them
+        self.tasks: set[asyncio.Task] = set()  # that watch stalls and report; a loop alone does not keep them
         engine.controller = self
 
     def start(self) -> None:
@@ -5031,11 +5042,55 @@ class Gate:
             answer.cancel()
 
 
+REPORT_SECONDS = 0.5  # how often it looks
+
+
+class Report:
+    """Tells at the terminal how far the server is: a line for each stage that answers, and meanwhile a bar."""
+
+    def __init__(self, controller: Controller, address: str):
+        self.controller, self.progress, self.address = controller, controller.progress, address
+
+    async def run(self) -> None:
+        """Until no stage is to come."""
+        from tqdm import tqdm  # vLLM has imported it
+
+        told = None
+        options = {"unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
+        with tqdm(total=self.progress.wanted_bytes(), desc="weights", **options) as bar:
+            while True:
+                self.controller.update()
+                stage = self.progress.ready_stage()
+                if stage != told:
+                    bar.write(f"{NAME}: {self.line(stage)}", file=sys.stderr)
+                    told = stage
+                if self.controller.ended or stage == self.progress.last_stage():
+                    return
+                bar.update(self.progress.bytes_read() - bar.n)
+                await asyncio.sleep(REPORT_SECONDS)
+
+    def line(self, stage: int) -> str:
+        """What answers, where, and what is to come."""
+        progress, last = self.progress, self.progress.plan.num_stages
+        read, wanted = progress.bytes_read(), progress.wanted_bytes()
+        pace = f" at {read / 1e6 / (time.monotonic() - progress.start):.0f} MB/s" if read < wanted else ""
+        loaded = f"{read / 1e6:.0f} of {wanted / 1e6:.0f} MB read{pace}"
+        if stage == last:
+            return f"ready: stage {stage} of {last}, the exact model, answers at {self.address} ({loaded})"
+        coming = last if stage else progress.first_stage()
+        seconds = progress.seconds_until(coming)
+        when = f"in about {seconds:.0f} s" if seconds else "once it is there"
+        if not stage:
+            return f"waiting: {self.address} listens, and stage {coming} of {last} answers {when} ({loaded})"
+        outlook = f"exact {when}" if progress.last_stage() == last else "which is to be held"
+        return f"ready: stage {stage} of {last} answers at {self.address}, {outlook} ({loaded})"
+
+
 class Endpoints:
     """What operators ask, as routes of vLLM's application: open to all, as its /health and /metrics are."""
 
-    def __init__(self, controller: Controller):
-        self.controller = controller
+    def __init__(self, controller: Controller, report: Report):
+        self.controller, self.report = controller, report
 
     def router(self) -> APIRouter:
         router = APIRouter(lifespan=self.run)
@@ -5047,6 +5102,7 @@ class Endpoints:
     async def run(self, _) -> AsyncIterator[None]:
         """The controller runs as long as the application."""
         self.controller.start()
+        self.controller.tasks.add(asyncio.create_task(self.report.run()))
         prometheus_client.REGISTRY.register(Metrics(self.controller))
         yield
 
@@ -5059,9 +5115,8 @@ class Endpoints:
         """Whether this stage serves (default: the first that may answer); else why not, and when it may."""
         self.controller.update()
         progress = self.controller.progress
-        first = progress.first.serve if progress.first else progress.serving.min_stage
         try:
-            wanted = first if stage is None else stage_of(stage, "stage", progress.plan.num_stages)
+            wanted = progress.first_stage() if stage is None else stage_of(stage, "stage", progress.plan.num_stages)
         except Refused as refused:
             return refused.response()
         served, ended = progress.ready_stage(), self.controller.engine_ended.done()
@@ -5079,10 +5134,10 @@ class Endpoints:
         return HTMLResponse(PROGRESS_PAGE, headers={"content-security-policy": PAGE_POLICY})
 
 
-def extend(app: FastAPI) -> None:
+def extend(app: FastAPI, address: str) -> None:
     """Add to vLLM's application, which has its engine: a controller, the endpoints, and the gate before all routes."""
     controller = Controller(app.state.engine_client)
-    app.include_router(Endpoints(controller).router())
+    app.include_router(Endpoints(controller, Report(controller, address)).router())
     # As Router(middleware=...) does it; vLLM has built the application's stack, whose metrics must not be made twice.
     app.router.middleware_stack = Gate(app.router.middleware_stack, controller)
 
@@ -5605,7 +5660,7 @@ async def serve(launch: Launch, args: argparse.Namespace) -> None:
     serve_http = entry.serve_http
 
     async def serve_extended(app: FastAPI, **options):
-        extend(app)
+        extend(app, address)
         return await serve_http(app, **options)
 
     entry.serve_http = serve_extended

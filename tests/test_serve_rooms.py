@@ -673,7 +673,7 @@ class Served:
         self.app.state.engine_client, self.app.state.log_stats = self.engine, False
         for path in (COMPLETIONS, "/tokenize"):
             self.app.router.routes.insert(0, Route(path, self, methods=["POST"]))
-        progressive_serve.extend(self.app)
+        progressive_serve.extend(self.app, "http://here:8000")
         self.controller = self.engine.controller
         self.lifespan = self.app.router.lifespan_context(self.app)
 
@@ -879,6 +879,34 @@ def test_no_manifest_ends_in_a_traceback(kind, name, request, tmp_path_factory):
             assert str(folder) in str(error) or folder.name in str(error)
 
     check()
+
+
+def test_terminal_says_what_answers_and_what_is_to_come(served, capsys, monkeypatch):
+    """A line at first, and one for each stage: what answers where, and when the exact model does."""
+    monkeypatch.setattr("progressive_serve.REPORT_SECONDS", 0.001)
+    lines = []
+
+    async def said(text: str) -> None:
+        def found() -> bool:
+            lines.extend(capsys.readouterr().err.splitlines())
+            return text in "".join(lines)
+
+        await until(found)
+
+    async def check(server):
+        await said("waiting")
+        await server.reach(1)
+        await said("stage 1 of 3 answers at")
+        await server.reach(2, 3)
+        await said("exact model")
+
+    served(check)
+    waiting, ready, exact = lines
+    size = r"\(\d+ of \d+ MB read"
+    told = "progressive_serve.py: waiting: http://here:8000 listens, and stage 1 of 3 answers once it is there"
+    assert re.fullmatch(rf"{told} {size}.*\)", waiting)
+    assert re.search(rf": ready: stage 1 of 3 answers at http://here:8000, exact in about \d+ s {size} at ", ready)
+    assert re.search(rf": ready: stage 3 of 3, the exact model, answers at http://here:8000 {size}\)", exact)
 
 
 def test_no_request_is_answered_by_a_traceback(served):
