@@ -81,17 +81,34 @@ def fly(llm: LLM, prompt: str) -> dict:
     return {"prompt_tokens": output.prompt_token_ids, "had": had, "stage": llm.stages.stage, **answer_of(output)}
 
 
+def start_suspended(checkpoint: str) -> tuple[progressive_serve.Launch, list[dict]]:
+    """A reader that is suspended before it has read a byte, and what has happened so far.
+
+    One that was faster, on a machine that kept this process waiting, is closed, and another one is started.
+    """
+    while True:
+        launch = progressive_serve.start_reading(checkpoint, start_stage=1, limit_mbps=4.0, start=time.monotonic())
+        reader = psutil.Process(launch.reader.pid)
+        reader.suspend()
+        while reader.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)  # it will be
+        events = launch.journal.follow()
+        if "read" not in [event["event"] for event in events]:
+            return launch, events
+        reader.resume()
+        launch.close()
+
+
 def start_before_a_byte_is_there(checkpoint: str, options: dict) -> tuple[LLM, list[str]]:
     """An engine at stage 1, and what has happened so far. Reading begins when the first forward pass has begun."""
-    launch = progressive_serve.start_reading(checkpoint, start_stage=1, limit_mbps=4.0, start=time.monotonic())
-    launch.reader.send_signal(signal.SIGSTOP)
+    launch, events = start_suspended(checkpoint)
     llm = LLM(**progressive_serve.engine_options(launch, options), **options)
     llm.collective_rpc("progressive_activate", args=(1,))
     llm.apply_model(
         lambda model: model.register_forward_pre_hook(lambda *_: launch.reader.send_signal(signal.SIGCONT)) and None
     )
     llm.launch = launch
-    return llm, [event["event"] for event in launch.journal.follow()]
+    return llm, [event["event"] for event in events + launch.journal.follow()]
 
 
 def read_whole(*args, **options) -> progressive_serve.Launch:

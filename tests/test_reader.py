@@ -431,12 +431,16 @@ def test_small_files_that_went_bad_in_the_cache_are_not_served(read, copied, tmp
     assert {"tokenizer.json", "progressive.json", "config.json"} <= set(found)
 
 
-def test_cache_survives_being_killed(read, copied, tmp_path):
-    limit = sum(path.stat().st_size for path in copied.glob("*.safetensors")) / 1e6 / 10
-    reading = read(copied, cache_dir=tmp_path / "cache", limit_mbps=limit)
+def test_cache_survives_being_killed(read, split_tiny, hold, tmp_path):
+    """Before it has the last stage, which does not come until then."""
+    held = hold(split_tiny, after=2)
+    copied = held.path
+    reading = read(copied, cache_dir=tmp_path / "cache")
     reading.wait_for(lambda progress: 1 in progress.resident)
     reading.launch.reader.kill()
     reading.launch.reader.wait()
+    held.release()
+    held.end()
     (cached,) = (tmp_path / "cache").iterdir()
     assert not (cached / "model-stage3.safetensors").exists()
     (cached / "model-stage3.safetensors.partial").write_bytes(b"half of it")
@@ -981,7 +985,7 @@ def replace_by_another(path: Path) -> None:
 
 def replace_by_a_link_to_itself(path: Path) -> None:
     path.unlink()
-    path.symlink_to(path)  # cannot be opened, not even by root
+    path.symlink_to(path.name)  # cannot be opened, not even by root
 
 
 BAD_FILES = {"replaced": replace_by_another, "cut off": truncate, "unreadable": replace_by_a_link_to_itself}
@@ -996,16 +1000,17 @@ BAD_FILES = {"replaced": replace_by_another, "cut off": truncate, "unreadable": 
         pytest.param("cut off", "split_tiny", marks=pytest.mark.slow),  # ten seconds of waiting for the rest
     ],
 )
-def test_bad_file_of_a_later_stage_is_not_handed_out_and_mended(read, case, kind, request, tmp_path):
-    """What becomes of it before it is read; once the right one is back, it is handed out."""
-    copied = age(Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "checkpoint")))
-    path = copied / "model-stage3.safetensors"
-    right = path.read_bytes()
-    size = sum(file.stat().st_size for file in copied.glob("*.safetensors"))
-    reading = read(copied, limit_mbps=size / 1e6)
+def test_bad_file_of_a_later_stage_is_not_handed_out_and_mended(read, case, kind, hold, request, tmp_path):
+    """It comes like this, after the start; once the right one is there, that is handed out."""
+    held = hold(request.getfixturevalue(kind), after=2)
+    path = held.path / "model-stage3.safetensors"
+    right = (held.kept / path.name).read_bytes()
+    reading = read(held.path)
     try:
-        BAD_FILES[case](path)
-        os.utime(copied, (0, 0))
+        BAD_FILES[case](held.kept / path.name)
+        held.release()
+        held.end()
+        os.utime(held.path, (0, 0))
         reading.wait_for(lambda progress: progress.bad)
         assert path.name in reading.progress.error and reading.progress.last_stage() == 2
         assert 3 not in reading.progress.resident and reading.progress.state_of(reading.plan.stages[2]) != "resident"
