@@ -15,15 +15,15 @@ the original model, bit for bit, with no restart, no lost request and no stale K
                                                                                      prefix cache, recompute, resume
 
 Commands:
-    python progressive_serve.py demo/checkpoint --port 8000
-    python progressive_serve.py demo/checkpoint --min-stage 2           # nobody is answered by stage 1
-    python progressive_serve.py demo/smollm2-planes --max-loss 1%       # ... by none that loses more perplexity
-    python progressive_serve.py demo/checkpoint --hold-stage 1          # stay at stage 1, for evaluation
+    python progressive_serve.py demo/smollm2-planes --port 8000
+    python progressive_serve.py demo/smollm2-planes --min-stage last    # everybody waits for the exact model
+    python progressive_serve.py demo/smollm2-planes --max-loss 1%       # nobody is answered by a stage that loses more
+    python progressive_serve.py demo/smollm2-planes --hold-stage 1      # stay at stage 1, for evaluation
     python progressive_serve.py demo/checkpoint --no-adapters           # stages as they are, without their adapters
-    python progressive_serve.py demo/checkpoint --optimize-later        # answer eagerly, compile after the last stage
+    python progressive_serve.py demo/smollm2-planes --optimize-later    # answer eagerly, compile after the last stage
     python progressive_serve.py s3://models/llama --cache-dir /var/cache/models
     python progressive_serve.py --standby /run/standby                  # import everything, hold no model, and wait
-    python progressive_serve.py demo/checkpoint --from-standby /run/standby    # a server that need not import anything
+    python progressive_serve.py demo/smollm2-planes --from-standby /run/standby     # a server without the imports
     curl localhost:8000/progress                                        # stages, timeline, error
 
 Stages are of layers, as drawn, or of precision (prune_and_split.py --planes): then nothing of the model is patched, and
@@ -41,7 +41,7 @@ vLLM's. The server listens as soon as the engine is up; a request that comes bef
 
 From Python (a notebook, a test), with the stages under your control:
     from progressive_serve import load_llm
-    llm = load_llm("demo/checkpoint", start_stage=1, enforce_eager=True)
+    llm = load_llm("demo/smollm2-layers", start_stage=1, enforce_eager=True)
     llm.generate("Question: ...")                                       # the pruned model answers
     llm.stages.advance()                                                # one stage further; llm.stages.stage says which
 

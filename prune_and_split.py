@@ -19,7 +19,8 @@ Commands:
   python prune_and_split.py meta-llama/Llama-2-7b-hf --plan-only                  # score and print, write nothing
   python prune_and_split.py ./Llama-2-7b-hf out --layers 20-27                    # the paper's "layers 21-28", by hand
   python prune_and_split.py --synthetic llama2-7b out                             # random weights, to time cold starts
-  python prune_and_split.py Qwen/Qwen3-8B out --planes                            # stages of precision: 1,2,rest
+  python prune_and_split.py ./Llama-2-7b-hf out --planes --calibration text.txt   # stages of precision, measured
+  python prune_and_split.py Qwen/Qwen3-8B out --planes                            # ... of any model, not measured
   python prune_and_split.py --restore out Qwen3-8B-again                          # ... and back, bit for bit
 
 Layers are numbered from 0, as in the checkpoint (`model.layers.N`); the paper counts from 1.
@@ -34,7 +35,8 @@ Outputs, in OUT:
 
 With --planes there is no index and no pruning/; the manifest has what --restore needs. With --calibration there is
 planes/perplexity.csv, .png: the perplexity of each stage, and of stages of layers, against their share of the bytes.
-Those of planes are in the manifest as well: the server goes by them in choosing the first stage that may answer.
+The manifest has the perplexity of each stage of planes, if it was measured, and the error of its weights: the server
+goes by them in choosing the first stage that may answer, which is printed at the end.
 
 OUT appears whole, by a rename at the very end. Until then everything is in its hidden sibling `.OUT.partial`; what a
 killed run leaves there is removed by the next run. One layer, or matrix, is in memory at a time.

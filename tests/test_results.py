@@ -16,17 +16,19 @@ from conftest import ROOT
 
 RESULTS = ROOT / "results"
 FILES = sorted(path.name for path in RESULTS.glob("*.json"))
-TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 LIST = tomllib.loads((RESULTS / "figures.toml").read_text())
 
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 BEGIN = r"(?<![\w.])(?<![A-Za-z]-)"  # of a number, and not of what follows in a name or a version
-NUMBER = rf"{BEGIN}(?:\d+(?:\.\d+)?|{'|'.join(WORDS)})"
+NUMBER = rf"{BEGIN}(?:\d+(?:\.\d+)?|{'|'.join(WORDS)})(?![a-z])"
 UNITS = "s|ms|seconds?|min|minutes?|h|hours?|%|percent|[kMGT]i?B|models|times|x|tokens/s|questions/s|[GM]Hz"
+ARXIV = r"(?!\d{4}\.\d{5}\b)"  # an identifier
 RELEASE = r"(?<!vLLM\s)(?<!torch\s)(?<!Python\s)"  # what follows one of these is no measurement
 # What must be in the list: decimals, numbers before a unit, a "twice", and cells of a table but the first of a row.
 MEASUREMENT = re.compile(
-    rf"{RELEASE}{BEGIN}\d+\.\d+(?![\w.]*\w)|{NUMBER}\s?(?:{UNITS})(?!\w)|\btwice\b|(?<=[^\n]\|) +\d+ +(?=\|)"
+    rf"{RELEASE}{BEGIN}{ARXIV}\d+\.\d+(?![\w.]*\w)|{NUMBER}\s?(?:{UNITS})(?!\w)|\btwice\b|(?<=[^\n]\|) +\d+ +(?=\|)"
 )
 NOT_SHOWN = re.compile(r"`[^`]*`|\]\([^)]*\)")  # commands, and where links lead
 MACHINES = re.compile(r"^\| machine \| files \|\n\| --- \| --- \|\n((?:\|.*\n)+)", re.MULTILINE)  # has its own test
