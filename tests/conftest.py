@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 # Files run one by one on two workers: what takes long begins first, so that neither waits for the other at the end.
 LONGEST_FIRST = (
     *("engine", "server", "serve_fleet", "planes", "standby"),
-    *("reader", "serve_rooms", "bench_coldstart", "faults"),
+    *("reader", "serve_rooms", "bench_coldstart", "faults", "minimal", "docs"),
 )
 
 
