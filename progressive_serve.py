@@ -538,7 +538,7 @@ def read_plan(checkpoint: str | Path) -> Plan:
         kind.check([stage.adds for stage in stages], manifest["num_layers"])
         architecture = read_architecture(root, manifest["num_layers"])
         plan = Plan(root, stages, architecture, kind.decoded_bytes(manifest))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{manifest_path} is malformed: {error!r}\nmake the checkpoint again with prune_and_split.py"
         ) from error
@@ -4505,7 +4505,7 @@ class Controller:
         self.changed = asyncio.Event()  # is set, and replaced, when there is another stage, or `ended`
         self.switching = asyncio.Lock()  # held during a transition: a request that comes then begins at the new stage
         self.due: float | None = None  # since when a transition could be made that waits for a better moment
-        self.tasks: set[asyncio.Task] = set()  # that watch stalls and report; a loop alone does not keep them
+        self.tasks: set[asyncio.Task] = set()  # that watch stalls; a loop alone does not keep them
         engine.controller = self
 
     def start(self) -> None:
@@ -5102,9 +5102,10 @@ class Endpoints:
     async def run(self, _) -> AsyncIterator[None]:
         """The controller runs as long as the application."""
         self.controller.start()
-        self.controller.tasks.add(asyncio.create_task(self.report.run()))
+        reporting = asyncio.create_task(self.report.run())
         prometheus_client.REGISTRY.register(Metrics(self.controller))
         yield
+        reporting.cancel()
 
     async def progress(self) -> JSONResponse:
         """Stages, timeline, error."""

@@ -1563,8 +1563,8 @@ def restore(checkpoint: Path, folder: Path) -> None:
     try:
         kinds = {stage["kind"] for stage in manifest["stages"]}
         paths = [[checkpoint / file["name"] for file in stage["files"]] for stage in manifest["stages"]]
-        files = manifest["source"]["files"]
-    except (KeyError, TypeError) as error:
+        files = dict(manifest["source"]["files"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{checkpoint / 'progressive.json'} is malformed ({error!r}): copy the checkpoint again"
         ) from error

@@ -901,7 +901,7 @@ def test_terminal_says_what_answers_and_what_is_to_come(served, capsys, monkeypa
         await said("exact model")
 
     served(check)
-    waiting, ready, exact = lines
+    waiting, ready, exact = (line for line in lines if line.startswith("progressive_serve.py: "))  # beside warnings
     size = r"\(\d+ of \d+ MB read"
     told = "progressive_serve.py: waiting: http://here:8000 listens, and stage 1 of 3 answers once it is there"
     assert re.fullmatch(rf"{told} {size}.*\)", waiting)
